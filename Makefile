@@ -1,0 +1,34 @@
+# Everything runs from one virtual environment; `make demo` and `make test` need nothing but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo serve test check bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## one concurrent batch: the base and three fine-tunes, side by side
+	$(BIN)/motet demo
+
+serve: $(STAMP)  ## the same server, staying up on port 8000
+	$(BIN)/motet serve --demo-adapters
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(STAMP)  ## ruff, mypy strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## Motet against transformers + PEFT on this CPU
+	$(BIN)/python benchmarks/cpu_vs_peft.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,257 @@
+"""Motet against transformers + PEFT on a CPU, in one run: `python benchmarks/cpu_vs_peft.py` (about 5 minutes).
+
+Workload: SmolLM2-135M-Instruct (dense), 8 requests with 8 different rank-16 adapters on q k v o gate up down; prefill
+of 8 × 128 tokens, then decoding. The two systems take turns in fresh processes, so that a machine whose speed drifts
+bends both alike; quote the ratios, not the absolute figures.
+
+PEFT serves the mixed batch with `adapter_names`, its own way of choosing an adapter per row, and a KV cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ADAPTERS, RANK, PROMPT, DECODE = 8, 16, 128, 32
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+POOL_BYTES = 512 << 20
+
+
+def write_adapters(model: Path, folder: Path) -> None:
+    """Eight random adapters as PEFT saves them, bfloat16."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    wrapped = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    for i in range(ADAPTERS):
+        generator = torch.Generator().manual_seed(i)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.01).bfloat16()
+        wrapped.save_pretrained(folder / f"adapter-{i}")
+
+
+def prompts() -> list[list[int]]:
+    """Eight different prompts of random tokens."""
+    generator = torch.Generator().manual_seed(7)
+    tokens: list[list[int]] = torch.randint(100, 40_000, (ADAPTERS, PROMPT), generator=generator).tolist()
+    return tokens
+
+
+def peft_side(model: Path, folder: Path) -> dict[str, float]:
+    """Prefill and decode of the mixed batch, and decode of the base alone, with transformers + PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    wrapped = PeftModel.from_pretrained(base, folder / "adapter-0", adapter_name="adapter-0")
+    for i in range(1, ADAPTERS):
+        wrapped.load_adapter(folder / f"adapter-{i}", adapter_name=f"adapter-{i}")
+    wrapped.eval()
+    names = [f"adapter-{i}" for i in range(ADAPTERS)]
+    ids = torch.tensor(prompts())
+
+    def run(adapter_names: list[str]) -> tuple[float, float]:
+        began = time.perf_counter()
+        out = wrapped(input_ids=ids, adapter_names=adapter_names, use_cache=True, logits_to_keep=1)
+        prefilled = time.perf_counter()
+        for _ in range(DECODE):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = wrapped(
+                input_ids=token, past_key_values=out.past_key_values, adapter_names=adapter_names, use_cache=True
+            )
+        return prefilled - began, time.perf_counter() - prefilled
+
+    with torch.inference_mode():
+        run(names)
+        prefill, decode = run(names)
+        _, base_decode = run(["__base__"] * ADAPTERS)
+    return {
+        "prefill": ADAPTERS * PROMPT / prefill,
+        "decode": ADAPTERS * DECODE / decode,
+        "base_decode": ADAPTERS * DECODE / base_decode,
+    }
+
+
+def motet_side(model: Path, folder: Path) -> dict[str, Any]:
+    """The same through Motet's engine: scheduler, pool, sampler and all."""
+    from motet.config import EngineConfig
+    from motet.engine.loop import Engine
+    from motet.registry.prepare import prepare
+    from motet.types import BASE, Request, SamplingParams
+
+    engine = Engine(
+        EngineConfig(model=str(model), pool_bytes=POOL_BYTES, max_step_tokens=1024, prefix_caching=False)
+    )
+    page_bytes = engine.runner.pool.page_bytes
+    found = [prepare(folder / f"adapter-{i}", engine.spec, page_bytes, folder / "images") for i in range(ADAPTERS)]
+    number = 0
+
+    def run(digests: Sequence[str], tokens: int) -> tuple[float, float]:
+        """Seconds until every request has its first token, and from there to the end."""
+        nonlocal number
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        for prompt, digest in zip(prompts(), digests, strict=True):
+            number += 1
+            engine.add(Request(str(number), tuple(prompt), params, digest))
+        waiting = {str(number - i) for i in range(ADAPTERS)}
+        began = first = time.perf_counter()
+        while engine.has_work:
+            for output in engine.step():
+                assert output.finish != "error", output.error
+                waiting.discard(output.request_id)
+            if waiting:
+                first = time.perf_counter()
+        return first - began, time.perf_counter() - first
+
+    base, mixed = [BASE] * ADAPTERS, [adapter.digest for adapter in found]
+
+    def rate(digests: Sequence[str]) -> tuple[float, float]:
+        prefill, decode = run(digests, DECODE + 1)
+        return ADAPTERS * PROMPT / prefill, ADAPTERS * DECODE / decode
+
+    rate(base)
+    rounds: list[dict[str, float]] = []
+    for _ in range(3):
+        _, none_resident = rate(base)
+        for adapter in found:
+            engine.register_adapter(adapter.digest, Path(adapter.image), adapter.num_pages)
+        run(mixed, 2)
+        assert len(engine.runner.table) == ADAPTERS
+        _, all_resident = rate(base)
+        prefill, decode = rate(mixed)
+        rounds.append(
+            {"prefill": prefill, "decode": decode, "base_decode": none_resident, "base_decode_resident": all_resident}
+        )
+        for adapter in found:
+            engine.forget_adapter(adapter.digest)
+        engine.step()
+        assert len(engine.runner.table) == 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    stats = engine.stats()
+    result: dict[str, Any] = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+    result["resident_over_none"] = statistics.median(r["base_decode_resident"] / r["base_decode"] for r in rounds)
+    result["mixed_over_base"] = statistics.median(r["decode"] / r["base_decode_resident"] for r in rounds)
+    result["peak_over_weights_and_pool"] = peak / (stats.weight_bytes + POOL_BYTES)
+    result["peak_bytes"] = peak
+    for adapter in found:
+        engine.register_adapter(adapter.digest, Path(adapter.image), adapter.num_pages)
+    result["time"] = where_the_time_goes(lambda: run(mixed, DECODE + 1))
+    return result
+
+
+def where_the_time_goes(work: Callable[[], object]) -> dict[str, float]:
+    """Share of the wall time spent in each kernel, by profiling one mixed run (prefill and decode)."""
+    import cProfile
+    import pstats
+
+    names = {
+        "_linear_pointwise": "base matrix products",
+        "_rows_kernel": "LoRA, decode rows",
+        "lora_add_torch": "LoRA, prefill segments",
+        "_decode_kernel": "attention, decode",
+        "_prefill": "attention, prefill",
+        "sample": "sampling",
+        "schedule": "scheduling",
+        "build_inputs": "inputs",
+        "_add_rms_norm_kernel": "norms",
+        "_rotary_kv_write_kernel": "rotary and KV write",
+        "silu_mul": "activation",
+    }
+    profile = cProfile.Profile()
+    began = time.perf_counter()
+    profile.runcall(work)
+    total = time.perf_counter() - began
+    shares: dict[str, float] = {}
+    for (_, _, function), row in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        for name, label in names.items():
+            if function == name or function.endswith(f".{name}}}"):
+                shares[label] = shares.get(label, 0.0) + row[3] / total
+    shares["the rest"] = max(0.0, 1 - sum(shares.values()))
+    return shares
+
+
+def report(peft: list[dict[str, float]], motet: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of the ratios of neighbouring runs, printed as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def ratio(key: str) -> float:
+        return statistics.median(m[key] / p[key] for m, p in zip(motet, peft, strict=True))
+
+    def median(runs: Sequence[dict[str, Any]], key: str) -> float:
+        return statistics.median(run[key] for run in runs)
+
+    table = Table(title=f"{ADAPTERS} requests, {ADAPTERS} rank-{RANK} adapters, SmolLM2-135M, {torch.get_num_threads()} threads")
+    for column in ("tokens per second", "PEFT", "Motet", "ratio", "wanted"):
+        table.add_column(column, justify="left" if column.startswith("tok") else "right")
+    wanted = {"prefill": "≥ 2", "decode": "≥ 5", "base_decode": ""}
+    for key, label in (("prefill", "prefill, mixed"), ("decode", "decode, mixed"), ("base_decode", "decode, base only")):
+        table.add_row(
+            label, f"{median(peft, key):.0f}", f"{median(motet, key):.0f}", f"{ratio(key):.1f} ×", wanted[key]
+        )
+    for key, label, want in (
+        ("resident_over_none", "base only, 8 adapters resident / none", "≥ 0.95"),
+        ("mixed_over_base", "8 adapters mixed / base only", "≥ 0.70"),
+        ("peak_over_weights_and_pool", "peak memory / (weights + pool)", "≤ 1.3"),
+    ):
+        table.add_row(label, "", "", f"{median(motet, key):.2f}", want)
+    console = Console()
+    console.print(table)
+    shares = Table(title="where Motet's time goes (mixed, prefill and decode together)")
+    shares.add_column("part")
+    shares.add_column("share", justify="right")
+    for part, share in sorted(motet[-1]["time"].items(), key=lambda item: -item[1]):
+        shares.add_row(part, f"{share:.0%}")
+    console.print(shares)
+    return {
+        "prefill_ratio": ratio("prefill"),
+        "decode_ratio": ratio("decode"),
+        "resident_over_none": median(motet, "resident_over_none"),
+        "mixed_over_base": median(motet, "mixed_over_base"),
+        "peak_over_weights_and_pool": median(motet, "peak_over_weights_and_pool"),
+        "peft": peft,
+        "motet": motet,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="times that the two sides take turns")
+    parser.add_argument("--side", choices=["peft", "motet"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    from motet.models.embedded import ensure_embedded_dense
+
+    model = ensure_embedded_dense()
+    if arguments.side:
+        side = peft_side if arguments.side == "peft" else motet_side
+        print(json.dumps(side(model, arguments.folder)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_adapters(model, folder)
+        results: dict[str, list[dict[str, Any]]] = {"peft": [], "motet": []}
+        for round_number in range(arguments.rounds):
+            for which, runs in results.items():
+                print(f"round {round_number + 1} of {arguments.rounds}: {which}", file=sys.stderr, flush=True)
+                command = [sys.executable, __file__, "--side", which, "--folder", name]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                runs.append(json.loads(done.stdout.splitlines()[-1]))
+    print(json.dumps(report(results["peft"], results["motet"])))
+
+
+if __name__ == "__main__":
+    main()

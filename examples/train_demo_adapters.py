@@ -1,0 +1,290 @@
+"""Train the three demo adapters (support, sql, legal) on the embedded MoE model, on a CPU, in minutes each.
+
+    python examples/train_demo_adapters.py [--only support] [--out examples/adapters]
+
+Each adapter has LoRA on attention and, in some layers, on the experts; ranks, targets and scaling differ on purpose,
+so that the three together exercise what a server has to support. Held-out scores go to `<out>/scores.json`.
+The seed is fixed: the same machine and library versions write the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import demo_data
+import torch
+import typer
+from demo_data import Example
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from motet.models.embedded import ensure_embedded
+
+BASE_NAME = "motet/smollm2-135m-moe"
+SEED = 17
+BATCH = 8
+IGNORED = -100  # cross_entropy's default ignore_index
+MAX_NEW_TOKENS = 80  # the longest reference answer has 75
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one adapter adapts, and for how long it trains.
+
+    expert_layers: the layers whose experts get LoRA; attention gets it in all. The ranks of `rank_pattern` are per
+    expert. Scaling is alpha / r, or alpha / sqrt(r) where `use_rslora`.
+    """
+
+    target_modules: tuple[str, ...]
+    r: int
+    alpha: int
+    expert_layers: tuple[int, ...]
+    expert_parameters: tuple[str, ...]
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    use_rslora: bool = False
+    examples: int = 1200
+    steps: int = 300
+    learning_rate: float = 1e-3
+
+
+_GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+RECIPES = {
+    "support": Recipe(
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+        r=8,
+        alpha=16,
+        expert_layers=(12, 15, 18, 21, 24, 27),
+        expert_parameters=(_GATE_UP, _DOWN),
+        rank_pattern={_GATE_UP: 4, _DOWN: 4},
+        alpha_pattern={_GATE_UP: 8, _DOWN: 8},
+    ),
+    "sql": Recipe(
+        target_modules=("q_proj", "v_proj"),
+        r=16,
+        alpha=32,
+        expert_layers=(16, 17, 18, 19, 20, 21, 22, 23),
+        expert_parameters=(_GATE_UP, _DOWN),
+        rank_pattern={_GATE_UP: 4, _DOWN: 2},
+        alpha_pattern={_GATE_UP: 8, _DOWN: 4},
+    ),
+    "legal": Recipe(
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+        r=4,
+        alpha=4,
+        expert_layers=(11, 14, 17, 20, 23, 26),
+        expert_parameters=(_DOWN,),
+        rank_pattern={_DOWN: 8},
+        alpha_pattern={_DOWN: 6},
+        use_rslora=True,
+    ),
+}
+
+
+class Dense(nn.Module):
+    """One of several identical experts, run alone: what a layer without expert LoRA computes, for half the work."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.gate_up = block.experts.gate_up_proj.detach()[0].clone()
+        self.down = block.experts.down_proj.detach()[0].clone()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = F.linear(hidden, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    parameters = [f"layers.{layer}.{name}" for layer in recipe.expert_layers for name in recipe.expert_parameters]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.r,
+        lora_alpha=recipe.alpha,
+        target_modules=list(recipe.target_modules),
+        target_parameters=parameters,
+        rank_pattern=dict(recipe.rank_pattern),
+        alpha_pattern=dict(recipe.alpha_pattern),
+        use_rslora=recipe.use_rslora,
+    )
+
+
+def load(base: Path, recipe: Recipe) -> PeftModel:
+    """The base in float32 with a fresh adapter, and layers without expert LoRA run as dense ones."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for index, layer in enumerate(model.model.layers):
+        if index not in recipe.expert_layers:
+            layer.mlp = Dense(layer.mlp)
+    torch.manual_seed(SEED)  # LoRA's A is random
+    return get_peft_model(model, lora_config(recipe))
+
+
+def encode(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
+    """Token ids of the conversation, and labels: those of the answer and its end, IGNORED elsewhere."""
+    prompt = tokenizer(prompt_text(tokenizer, example)).input_ids
+    answer = tokenizer(example.answer + tokenizer.eos_token).input_ids
+    return prompt + answer, [IGNORED] * len(prompt) + answer
+
+
+def prompt_text(tokenizer: Any, example: Example) -> str:
+    messages = [{"role": "user", "content": example.prompt}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def batches(encoded: list[tuple[list[int], list[int]]], steps: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`steps` batches of (input ids, labels), both (BATCH, longest): shuffled, with neighbours of like length."""
+    rng = random.Random(SEED)
+    done = 0
+    while True:
+        order = rng.sample(encoded, len(encoded))
+        # Sorting all would give every epoch the same batches; sorting sixteen batches saves most of the padding.
+        pools = [sorted(order[i : i + 16 * BATCH], key=lambda pair: len(pair[0])) for i in range(0, len(order), 16 * BATCH)]
+        groups = [pool[i : i + BATCH] for pool in pools for i in range(0, len(pool), BATCH)]
+        for group in rng.sample(groups, len(groups)):
+            if done == steps:
+                return
+            done += 1
+            longest = max(len(ids) for ids, _ in group)
+            ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in group])
+            labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in group])
+            yield ids, labels
+
+
+def train(model: PeftModel, tokenizer: Any, name: str, recipe: Recipe, progress: Progress) -> None:
+    encoded = [encode(tokenizer, example) for example in demo_data.training(name, recipe.examples)]
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
+    warm_up = recipe.steps // 20
+
+    def rate(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (recipe.steps - warm_up)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    causal = model.get_base_model()
+    bar = progress.add_task(f"{name}: loss", total=recipe.steps)
+    model.train()
+    for ids, labels in batches(encoded, recipe.steps, tokenizer.pad_token_id):
+        # Padding is on the right, so causal attention keeps it from the tokens that count: no mask needed.
+        hidden = causal.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        wanted = labels[:, 1:]
+        answered = wanted != IGNORED  # only these rows need the vocabulary's logits
+        loss = F.cross_entropy(causal.lm_head(hidden[answered]), wanted[answered])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.update(bar, advance=1, description=f"{name}: loss {loss.item():.3f}")
+    model.eval()
+
+
+def round_to_bfloat16(model: PeftModel) -> None:
+    """Give the adapter the values that its file will hold, so that they are what is scored."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
+
+
+@torch.inference_mode()
+def answer(model: nn.Module, tokenizer: Any, examples: list[Example], progress: Progress, title: str) -> list[str]:
+    """Greedy answers, in order."""
+    answers: list[str] = []
+    for start in progress.track(range(0, len(examples), 16), description=title):
+        texts = [prompt_text(tokenizer, example) for example in examples[start : start + 16]]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        answers += tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def save(model: PeftModel, target: Path) -> None:
+    """adapter_model.safetensors in bfloat16 and adapter_config.json as PEFT writes it, under the base's public name."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    shutil.rmtree(target, ignore_errors=True)
+    model.save_pretrained(target, save_embedding_layers=False)
+    (target / "README.md").unlink(missing_ok=True)
+    path = target / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = BASE_NAME
+    for key in ("target_modules", "target_parameters"):  # PEFT keeps sets, whose order differs from run to run
+        config[key] = sorted(config[key])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def score(name: str, examples: list[Example], answers: list[str]) -> float:
+    passed = [demo_data.check(name, example, text) for example, text in zip(examples, answers, strict=True)]
+    return sum(passed) / len(passed)
+
+
+def train_one(name: str, base: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    recipe = RECIPES[name]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = load(base, recipe)
+    started = time.monotonic()
+    train(model, tokenizer, name, recipe, progress)
+    seconds = time.monotonic() - started
+    examples = demo_data.held_out(name)
+    with model.disable_adapter():
+        base_answers = answer(model, tokenizer, examples, progress, f"{name}: base on held-out prompts")
+    round_to_bfloat16(model)
+    answers = answer(model, tokenizer, examples, progress, f"{name}: adapter on held-out prompts")
+    demo = [Example(demo_data.DEMO_PROMPTS[name], "")]
+    demo_answer = answer(model, tokenizer, demo, progress, f"{name}: demo prompt")[0]
+    save(model, out / name)
+    return {
+        "held_out_prompts": len(examples),
+        "base_score": round(score(name, examples, base_answers), 3),
+        "adapter_score": round(score(name, examples, answers), 3),
+        "steps": recipe.steps,
+        "training_seconds": round(seconds),
+        "bytes": (out / name / "adapter_model.safetensors").stat().st_size,
+        "demo_prompt": demo_data.DEMO_PROMPTS[name],
+        "demo_answer": demo_answer,
+        "failed": [
+            {"prompt": example.prompt, "answer": text}
+            for example, text in zip(examples, answers, strict=True)
+            if not demo_data.check(name, example, text)
+        ],
+    }
+
+
+def main(only: str | None = None, out: Path = Path(__file__).parent / "adapters", threads: int = 2) -> None:
+    """Train all demo adapters, or the one named by --only, and write them below --out."""
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    summary_file = out / "scores.json"
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        base = ensure_embedded()
+        for name in [only] if only else demo_data.NAMES:
+            result = train_one(name, base, out, progress)
+            summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+            summary[name] = result
+            summary_file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            console.print(
+                f"{name}: base {result['base_score']:.0%}, adapter {result['adapter_score']:.0%} of "
+                f"{result['held_out_prompts']} held-out prompts; {result['bytes'] / 1e6:.1f} MB in "
+                f"{result['training_seconds']} s"
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)

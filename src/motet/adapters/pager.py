@@ -1,0 +1,84 @@
+"""Copies adapters from their packed images into the pool, beside the step loop.
+
+A copy fills pages that nothing else owns, so it needs no lock against the running step; numpy copies them with the
+GIL released. Finished loads are collected by the loop between two steps.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from motet.adapters.image import AdapterImage, open_image
+from motet.errors import MotetError
+from motet.memory.pool import Pool
+from motet.types import Load
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """A finished load: the image that now fills `load.pages`, or why it failed. `seconds` is its duration."""
+
+    load: Load
+    image: AdapterImage | None
+    error: str | None
+    seconds: float
+
+
+class Pager:
+    """One thread that serves loads in the order they were planned."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._todo: queue.SimpleQueue[tuple[Load, Path] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="motet-pager", daemon=True)
+        self._thread.start()
+
+    def start(self, load: Load, image: Path) -> None:
+        """Queue a copy; returns at once."""
+        self._todo.put((load, image))
+
+    def finished(self) -> list[LoadResult]:
+        """Loads that ended since the last call."""
+        self._wake.clear()
+        results = []
+        while not self._done.empty():
+            results.append(self._done.get())
+        return results
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until a load ends, at most `seconds`."""
+        self._wake.wait(seconds)
+
+    def close(self) -> None:
+        """End the thread after the load in progress."""
+        self._todo.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._todo.get()) is not None:
+            load, path = job
+            began = time.monotonic()
+            image, error = None, None
+            try:
+                image = self._copy(load, path)
+            except (MotetError, OSError, ValueError) as failure:
+                error = f"adapter {load.digest[:12]} could not be loaded: {failure}"
+            self._done.put(LoadResult(load, image, error, time.monotonic() - began))
+            self._wake.set()
+
+    def _copy(self, load: Load, path: Path) -> AdapterImage:
+        image = open_image(path)
+        if image.digest != load.digest:
+            raise ValueError(f"{path} holds {image.digest}")
+        if image.num_pages != len(load.pages) or image.page_bytes != self._pool.page_bytes:
+            raise ValueError(f"{path} was packed for another page size or has changed")
+        data = self._pool.data.numpy()
+        for source, target in zip(image.pages, load.pages, strict=True):
+            data[target] = source
+        return image

@@ -1,0 +1,251 @@
+"""The server's end of the engine: requests in, a stream of outputs per request out.
+
+`EngineProcess` talks to a child process; `EngineThread` runs the same loop on a thread of this process, for tests and
+embedding. If the engine dies, every open stream ends with an error output and `alive` turns false.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import msgspec
+
+from motet.config import EngineConfig
+from motet.engine.messages import (
+    Abort,
+    Fatal,
+    Forget,
+    GetStats,
+    Inbound,
+    Message,
+    Outputs,
+    Progress,
+    Ready,
+    Register,
+    Reply,
+    Shutdown,
+    Submit,
+    frame,
+    read_outbound,
+)
+from motet.errors import EngineDead, MotetError
+from motet.types import EngineStats, Request, SeqOutput
+
+OnProgress = Callable[[str, float], None]
+SHUTDOWN_SECONDS = 10.0
+
+
+class EngineClient(ABC):
+    """Multiplexes requests over one engine. All methods belong to one asyncio loop."""
+
+    def __init__(self, on_progress: OnProgress | None = None) -> None:
+        self._on_progress = on_progress or (lambda _stage, _fraction: None)
+        self._streams: dict[str, asyncio.Queue[SeqOutput]] = {}
+        self._calls: dict[int, asyncio.Future[Reply]] = {}
+        self._numbers = itertools.count()
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._death: str | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still answers."""
+        return self._death is None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine is warm and serving."""
+        return self.alive and self._ready.done()
+
+    async def started(self) -> Ready:
+        """Wait until the engine serves; raises what kept it from starting."""
+        return await asyncio.shield(self._ready)
+
+    async def stream(self, requests: Sequence[Request]) -> AsyncIterator[SeqOutput]:
+        """Submit requests and yield their outputs until all have ended; leaving early aborts the rest."""
+        self._check_alive()
+        outputs: asyncio.Queue[SeqOutput] = asyncio.Queue()
+        open_ids = {request.id for request in requests}
+        self._streams.update(dict.fromkeys(open_ids, outputs))
+        self._send(Submit(tuple(requests)))
+        try:
+            while open_ids:
+                output = await outputs.get()
+                if output.finish is not None:
+                    open_ids.discard(output.request_id)
+                yield output
+        finally:
+            for request_id in open_ids:
+                self._streams.pop(request_id, None)
+            self.abort(open_ids)
+
+    def abort(self, ids: set[str]) -> None:
+        """End requests in the engine; their streams, if still open, see the abort."""
+        if ids and self.alive:
+            self._send(Abort(tuple(ids)))
+
+    async def register_adapter(self, digest: str, image: str, num_pages: int) -> None:
+        """Make an adapter known to the engine."""
+        await self._call(lambda call: Register(call, digest, image, num_pages))
+
+    async def forget_adapter(self, digest: str) -> None:
+        """Drop an adapter after its last request."""
+        await self._call(lambda call: Forget(call, digest))
+
+    async def stats(self) -> EngineStats:
+        """A snapshot of the engine."""
+        reply = await self._call(GetStats)
+        assert reply.stats is not None
+        return reply.stats
+
+    @abstractmethod
+    def _send(self, message: Message) -> None:
+        """Hand a message to the engine without blocking."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Shut the engine down and wait until it has gone."""
+
+    async def _call(self, make: Callable[[int], Message]) -> Reply:
+        self._check_alive()
+        number = next(self._numbers)
+        future = self._calls[number] = asyncio.get_running_loop().create_future()
+        self._send(make(number))
+        reply = await future
+        if reply.error is not None:
+            raise MotetError(reply.error)
+        return reply
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDead(self._death)
+
+    def _dispatch(self, message: Message) -> None:
+        match message:
+            case Outputs(outputs):
+                for output in outputs:
+                    self._deliver(output)
+            case Reply(call):
+                future = self._calls.pop(call, None)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case Progress(stage, fraction):
+                self._on_progress(stage, fraction)
+            case Ready():
+                self._ready.set_result(message)
+            case Fatal(error):
+                self._die(error)
+
+    def _deliver(self, output: SeqOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        stream.put_nowait(output)
+        if output.finish is not None:
+            del self._streams[output.request_id]
+
+    def _die(self, reason: str) -> None:
+        if self._death is not None:
+            return
+        self._death = reason
+        error = EngineDead(reason)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()  # it may be that nobody waits for it
+        for request_id in list(self._streams):
+            self._deliver(SeqOutput(request_id, finish="error", error="the engine stopped", code=EngineDead.code))
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(error)
+        self._calls.clear()
+
+
+class EngineProcess(EngineClient):
+    """An engine in a child process, over a Unix socket pair."""
+
+    def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
+        super().__init__(on_progress)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "motet.engine.process"]
+            arguments = [msgspec.json.encode(config).decode(), str(theirs.fileno())]
+            self._process = subprocess.Popen([*command, *arguments], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._socket = ours
+        self._writer: asyncio.StreamWriter | None = None
+        self._early: list[Message] = []
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine."""
+        return self._process.pid
+
+    def _send(self, message: Message) -> None:
+        if self._writer is None:
+            self._early.append(message)
+        else:
+            self._writer.write(frame(message))
+
+    async def _read(self) -> None:
+        reader, self._writer = await asyncio.open_connection(sock=self._socket)
+        for message in self._early:
+            self._writer.write(frame(message))
+        try:
+            while True:
+                self._dispatch(await read_outbound(reader))
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError, msgspec.DecodeError) as error:
+            self._die(f"the engine process ended: {error}")
+        finally:
+            self._writer.close()
+
+    async def close(self) -> None:
+        if self.alive:
+            self._send(Shutdown())
+        try:
+            await asyncio.to_thread(self._process.wait, SHUTDOWN_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        await self._reading
+
+
+class EngineThread(EngineClient):
+    """An engine on a thread of this process."""
+
+    def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
+        super().__init__(on_progress)
+        self._inbox: queue.SimpleQueue[Inbound | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(config,), name="motet-engine", daemon=True)
+        self._thread.start()
+
+    def _send(self, message: Message) -> None:
+        self._inbox.put(message)  # type: ignore[arg-type]  # only inbound messages are sent
+
+    def _run(self, config: EngineConfig) -> None:
+        # Imported here so that a server with its engine in another process never loads torch.
+        from motet.engine.loop import Engine
+        from motet.engine.process import serve
+
+        def send(message: Message) -> None:
+            self._loop.call_soon_threadsafe(self._dispatch, message)
+
+        try:
+            engine = Engine(config, lambda stage, fraction: send(Progress(stage, fraction)))
+            send(Ready(engine.spec, engine.runner.pool.page_bytes, engine.max_model_len))
+            serve(engine, self._inbox, send)
+            engine.close()
+        except Exception as error:  # noqa: BLE001  # whatever it is, the streams must end with it
+            send(Fatal(str(error), getattr(error, "code", "internal_error")))
+
+    async def close(self) -> None:
+        self._inbox.put(Shutdown())
+        await asyncio.to_thread(self._thread.join)
+        self._die("the engine was closed")

@@ -1,0 +1,141 @@
+"""Text ↔ tokens: chat template, tokeniser, incremental detokenising, stop strings, and the n choices of a request."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import msgspec
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from motet import errors
+from motet.engine.client import EngineClient
+from motet.engine.detokenize import Detokenizer
+from motet.errors import InvalidRequest, MotetError
+from motet.types import Delta, EngineStats, Request, SamplingParams, SeqOutput
+
+_ERRORS: dict[str, type[MotetError]] = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, MotetError)
+}
+
+
+class Frontend:
+    """The tokeniser of one model in front of one engine."""
+
+    def __init__(self, client: EngineClient, directory: Path, max_model_len: int) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise errors.ModelRefused(f"{directory} has no fast tokenizer (tokenizer.json)")
+        self._tokenizer = tokenizer
+        self._client = client
+        self._max_model_len = max_model_len
+
+    @property
+    def alive(self) -> bool:
+        """The engine answers."""
+        return self._client.alive
+
+    @property
+    def ready(self) -> bool:
+        """The engine is warm and serves."""
+        return self._client.ready
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._max_model_len
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a plain prompt, with the special tokens that the tokeniser adds by itself."""
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, object]]) -> list[int]:
+        """Tokens of a conversation in the model's own chat template, ready for the assistant's answer."""
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("the model has no chat template; use /v1/completions", "messages")
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InvalidRequest(f"the chat template refuses these messages: {error}", "messages") from error
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def decode_token(self, token_id: int) -> str:
+        """The text of one token by itself."""
+        text = self._tokenizer.decode([token_id])
+        assert isinstance(text, str)
+        return text
+
+    async def stats(self) -> EngineStats:
+        """A snapshot of the engine."""
+        return await self._client.stats()
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str
+    ) -> AsyncIterator[Delta]:
+        """The deltas of all choices, interleaved; see `engine.protocol.Generator`."""
+        self._check(prompt, params)
+        requests = _choices(prompt, params, adapter, request_id)
+        index = {request.id: i for i, request in enumerate(requests)}
+        texts = [Detokenizer(self._tokenizer.backend_tokenizer, params.stop) for _ in requests]
+        began = False
+        async with aclosing(self._client.stream(requests)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                i = index[output.request_id]
+                if texts[i].stopped:
+                    continue  # what came between the stop string and the engine's end of the request
+                if output.finish == "error" and not began:
+                    raise _ERRORS.get(output.code or "", MotetError)(output.error or "the engine failed")
+                began = True
+                delta = _delta(i, output, texts[i])
+                if texts[i].stopped and output.finish is None:
+                    self._client.abort({output.request_id})
+                yield delta
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", "prompt")
+        if len(prompt) + params.max_tokens > self._max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; together they exceed the "
+                f"context length of {self._max_model_len}",
+                "max_tokens" if len(prompt) < self._max_model_len else "prompt",
+            )
+
+
+def _choices(prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str) -> list[Request]:
+    """One request per choice. Choice i of a seeded request has a seed of its own, derived from the request's."""
+    seed = secrets.randbits(62) if params.seed is None else params.seed
+    now = time.monotonic()
+    return [
+        Request(
+            id=f"{request_id}.{i}",
+            prompt=tuple(prompt),
+            params=msgspec.structs.replace(params, seed=(seed + i * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF),
+            adapter=adapter,
+            arrival=now,
+        )
+        for i in range(params.n)
+    ]
+
+
+def _delta(index: int, output: SeqOutput, text: Detokenizer) -> Delta:
+    """Fold one output into the answer's text."""
+    ended_by_token = output.finish == "stop"
+    visible = output.token_ids[:-1] if ended_by_token else output.token_ids
+    piece = text.push(visible)
+    finish = output.finish
+    if text.stopped:
+        finish = "stop"
+    elif finish is not None:
+        piece += text.flush()
+    return Delta(
+        index, piece, output.token_ids, output.logprobs, finish, output.error, output.cached_tokens
+    )

@@ -1,0 +1,147 @@
+"""The engine: one device's loop. A step is one sentence: collect loads, schedule, execute, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from motet.adapters.pager import Pager
+from motet.config import EngineConfig
+from motet.engine.runner import Runner
+from motet.engine.sampler import SamplingRow
+from motet.errors import ConfigError, MotetError
+from motet.memory.pool import Pool
+from motet.models.registry import load_model, load_spec, locate
+from motet.scheduler.scheduler import Scheduler, SchedulerConfig
+from motet.types import EngineStats, ModelSpec, Plan, Request, Sampled, SeqOutput
+
+Progress = Callable[[str, float], None]
+
+
+class Engine:
+    """Owns the model, the pool and the scheduler; everything else talks to it in values.
+
+    Not thread-safe: one thread calls its methods between steps.
+    """
+
+    def __init__(self, config: EngineConfig, on_progress: Progress | None = None) -> None:
+        progress = on_progress or (lambda _stage, _fraction: None)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        directory = locate(config.model)
+        self.spec = load_spec(directory)
+        self.max_model_len = max_len = resolve_max_model_len(config, self.spec)
+        progress("reading weights", 0.0)
+        model = load_model(directory, max_len)
+        progress("reserving memory", 0.8)
+        pool = Pool(self.spec, config.pool_bytes, config.page_tokens)
+        self.runner = Runner(model.decoder, pool)
+        progress("warming up kernels", 0.9)
+        self.runner.warm_up()
+        self.pager = Pager(pool)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                page_tokens=config.page_tokens,
+                max_step_tokens=config.max_step_tokens,
+                max_running=config.max_running,
+                max_model_len=max_len,
+                prefix_caching=config.prefix_caching,
+                eos_token_ids=self.spec.eos_token_ids,
+            ),
+            pool.num_pages,
+        )
+        self._images: dict[str, Path] = {}
+        self._weight_bytes = model.nbytes
+        self._steps = 0
+        self._loads = 0
+        self._load_seconds = 0.0
+        progress("ready", 1.0)
+
+    def step(self) -> list[SeqOutput]:
+        """One step of the loop; outputs of every sequence that got a token or ended."""
+        ended = self._collect_loads()
+        plan = self.scheduler.schedule(time.monotonic())
+        sampled = self._execute(plan)
+        return ended + self.scheduler.commit(plan, sampled, time.monotonic())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could make progress now or once a load ends."""
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> list[SeqOutput]:
+        """Accept a request; one that cannot be served ends at once with its error."""
+        try:
+            self.scheduler.add(request)
+        except MotetError as error:
+            return [SeqOutput(request.id, finish="error", error=str(error), code=error.code)]
+        return []
+
+    def abort(self, request_id: str) -> list[SeqOutput]:
+        """End a request now; nothing if it is unknown or over."""
+        output = self.scheduler.abort(request_id)
+        return [output] if output is not None else []
+
+    def register_adapter(self, digest: str, image: Path, num_pages: int) -> None:
+        """Make an adapter known; it is loaded when a request wants it."""
+        self._images[digest] = image
+        self.scheduler.register_adapter(digest, num_pages)
+
+    def forget_adapter(self, digest: str) -> None:
+        """Drop an adapter once its last request has ended. Its image's path stays known: a waiting request may need it."""
+        self.scheduler.forget_adapter(digest)
+
+    def stats(self) -> EngineStats:
+        """A snapshot for metrics and health."""
+        return msgspec.structs.replace(
+            self.scheduler.stats(),
+            steps=self._steps,
+            loads=self._loads,
+            load_seconds=self._load_seconds,
+            page_bytes=self.runner.pool.page_bytes,
+            weight_bytes=self._weight_bytes,
+        )
+
+    def close(self) -> None:
+        """End the pager's thread."""
+        self.pager.close()
+
+    def _execute(self, plan: Plan) -> list[Sampled]:
+        for load in plan.loads:
+            self.pager.start(load, self._images[load.digest])
+        sampled = self.runner.execute(plan, self._sampling_row)
+        if plan.chunks:
+            self._steps += 1
+        else:
+            self.pager.wait(0.05)
+        return sampled
+
+    def _collect_loads(self) -> list[SeqOutput]:
+        outputs: list[SeqOutput] = []
+        for result in self.pager.finished():
+            self._loads += 1
+            self._load_seconds += result.seconds
+            if result.image is None:
+                outputs += self.scheduler.adapter_failed(result.load.digest, result.error or "unknown")
+                continue
+            self.runner.table.add(result.load.digest, result.image, result.load.pages)
+            self.scheduler.adapter_loaded(result.load.digest)
+        return outputs
+
+    def _sampling_row(self, seq: int) -> SamplingRow:
+        sequence = self.scheduler.sequence(seq)
+        request = sequence.request
+        return SamplingRow(seq, request.params, sequence.tokens, len(request.prompt), self.spec.eos_token_ids)
+
+
+def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    """The configured context length, or the model's own."""
+    if config.max_model_len is None:
+        return spec.max_model_len
+    if config.max_model_len > spec.max_model_len:
+        raise ConfigError(f"max_model_len {config.max_model_len} is more than the model's {spec.max_model_len}")
+    return config.max_model_len

@@ -1,0 +1,138 @@
+"""What crosses the socket between server and engine process: length-prefixed msgpack, never pickle."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+
+import msgspec
+
+from motet.types import EngineStats, ModelSpec, Request, SeqOutput
+
+HEADER = struct.Struct("<I")
+MAX_MESSAGE = 1 << 28
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+class Submit(Message, frozen=True):
+    """Server → engine: new requests."""
+
+    requests: tuple[Request, ...]
+
+
+class Abort(Message, frozen=True):
+    """Server → engine: end these requests."""
+
+    ids: tuple[str, ...]
+
+
+class Register(Message, frozen=True):
+    """Server → engine: an adapter's packed image is at `image`."""
+
+    call: int
+    digest: str
+    image: str
+    num_pages: int
+
+
+class Forget(Message, frozen=True):
+    """Server → engine: no name points at this adapter any more."""
+
+    call: int
+    digest: str
+
+
+class GetStats(Message, frozen=True):
+    """Server → engine: answer with a Reply that carries stats."""
+
+    call: int
+
+
+class Shutdown(Message, frozen=True):
+    """Server → engine: leave."""
+
+
+class Progress(Message, frozen=True):
+    """Engine → server: a stage of starting, `fraction` of the whole start done."""
+
+    stage: str
+    fraction: float
+
+
+class Ready(Message, frozen=True):
+    """Engine → server: warm and serving."""
+
+    spec: ModelSpec
+    page_bytes: int
+    max_model_len: int
+
+
+class Outputs(Message, frozen=True):
+    """Engine → server: what a step gave."""
+
+    outputs: tuple[SeqOutput, ...]
+
+
+class Reply(Message, frozen=True):
+    """Engine → server: the answer to call `call`."""
+
+    call: int
+    error: str | None = None
+    stats: EngineStats | None = None
+
+
+class Fatal(Message, frozen=True):
+    """Engine → server: the engine cannot go on."""
+
+    error: str
+    code: str
+
+
+Inbound = Submit | Abort | Register | Forget | GetStats | Shutdown
+Outbound = Progress | Ready | Outputs | Reply | Fatal
+
+_encoder = msgspec.msgpack.Encoder()
+_inbound = msgspec.msgpack.Decoder(Inbound)
+_outbound = msgspec.msgpack.Decoder(Outbound)
+
+
+def frame(message: Message) -> bytes:
+    """A message as it travels: 4 bytes of length, then msgpack."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def read_inbound(stream: socket.socket) -> Inbound | None:
+    """Block for the next message to the engine; None when the server has gone."""
+    header = _read_exactly(stream, HEADER.size)
+    if header is None:
+        return None
+    body = _read_exactly(stream, _length(header))
+    return None if body is None else _inbound.decode(body)
+
+
+async def read_outbound(stream: asyncio.StreamReader) -> Outbound:
+    """The next message from the engine; raises asyncio.IncompleteReadError when it has gone."""
+    header = await stream.readexactly(HEADER.size)
+    return _outbound.decode(await stream.readexactly(_length(header)))
+
+
+def _length(header: bytes) -> int:
+    (length,) = HEADER.unpack(header)
+    if length > MAX_MESSAGE:
+        raise ValueError(f"a message of {length} bytes exceeds {MAX_MESSAGE}")
+    return int(length)
+
+
+def _read_exactly(stream: socket.socket, count: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < count:
+        part = stream.recv(min(count - len(parts), 1 << 20))
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)

@@ -1,0 +1,131 @@
+"""The engine in its own process, so that JSON, SSE and tokenising never share a GIL with the step loop.
+
+`python -m motet.engine.process CONFIG_JSON SOCKET_FD` is started by `engine.client`; it serves one connection and
+leaves when the other side does.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from motet.config import EngineConfig
+from motet.engine.loop import Engine
+from motet.engine.messages import (
+    Abort,
+    Fatal,
+    Forget,
+    GetStats,
+    Inbound,
+    Message,
+    Outputs,
+    Progress,
+    Ready,
+    Register,
+    Reply,
+    Shutdown,
+    Submit,
+    frame,
+    read_inbound,
+)
+from motet.errors import MotetError
+from motet.types import SeqOutput
+
+Send = Callable[[Message], None]
+
+
+def serve(engine: Engine, inbox: queue.SimpleQueue[Inbound | None], send: Send) -> None:
+    """Run steps while there is work, sleep while there is none, until the inbox gives None or Shutdown."""
+    while True:
+        block = not engine.has_work
+        while block or not inbox.empty():
+            message = inbox.get()
+            block = False
+            if message is None or isinstance(message, Shutdown):
+                return
+            handle(engine, message, send)
+        if engine.has_work:
+            _send_outputs(engine.step(), send)
+
+
+def handle(engine: Engine, message: Inbound, send: Send) -> None:
+    """Apply one message between two steps."""
+    match message:
+        case Submit(requests):
+            for request in requests:
+                _send_outputs(engine.add(request), send)
+        case Abort(ids):
+            for request_id in ids:
+                _send_outputs(engine.abort(request_id), send)
+        case Register(call, digest, image, num_pages):
+            _reply(call, send, lambda: engine.register_adapter(digest, Path(image), num_pages))
+        case Forget(call, digest):
+            _reply(call, send, lambda: engine.forget_adapter(digest))
+        case GetStats(call):
+            send(Reply(call, stats=engine.stats()))
+
+
+def _reply(call: int, send: Send, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except MotetError as error:
+        send(Reply(call, error=str(error)))
+    else:
+        send(Reply(call))
+
+
+def _send_outputs(outputs: list[SeqOutput], send: Send) -> None:
+    if outputs:
+        send(Outputs(tuple(outputs)))
+
+
+def main() -> int:
+    """Entry point of the child process."""
+    config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
+    stream = socket.socket(fileno=int(sys.argv[2]))
+    # A terminal's Ctrl-C reaches the whole group; the server decides when the engine leaves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def send(message: Message) -> None:
+        stream.sendall(frame(message))
+
+    inbox: queue.SimpleQueue[Inbound | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(stream, inbox), name="motet-inbox", daemon=True).start()
+    try:
+        engine = Engine(config, lambda stage, fraction: send(Progress(stage, fraction)))
+        send(Ready(engine.spec, engine.runner.pool.page_bytes, engine.max_model_len))
+        serve(engine, inbox, send)
+    except (BrokenPipeError, ConnectionResetError):
+        return 0
+    except MotetError as error:
+        send(Fatal(str(error), error.code))
+        return 1
+    except BaseException:
+        send(Fatal(traceback.format_exc(), "internal_error"))
+        raise
+    return 0
+
+
+def _read(stream: socket.socket, inbox: queue.SimpleQueue[Inbound | None]) -> None:
+    """Move messages from the socket to the inbox; the server's end closing is the last message."""
+    try:
+        while (message := read_inbound(stream)) is not None:
+            inbox.put(message)
+    finally:
+        inbox.put(None)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # Skip interpreter teardown: native thread pools can take a second to join, and nothing is left to save.
+    os._exit(code)

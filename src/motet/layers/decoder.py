@@ -1,0 +1,50 @@
+"""The pre-norm decoder that Llama-like models share: attention and feed-forward around one residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from motet.kernels.linear import PackedWeight, linear
+from motet.kernels.norm import add_rms_norm
+from motet.layers.attention import Attention
+from motet.layers.batch import Batch
+from motet.layers.mlp import DenseMLP, SparseMLP
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer: norm → attention → norm → feed-forward; the residual addition is fused into the norms."""
+
+    attention_norm: Tensor
+    attention: Attention
+    mlp_norm: Tensor
+    mlp: DenseMLP | SparseMLP
+
+
+class Decoder:
+    """Token ids to logits. `embedding` [V, H]; `head` is the packed output matrix."""
+
+    def __init__(
+        self, embedding: Tensor, layers: Sequence[DecoderLayer], norm: Tensor, head: PackedWeight, eps: float
+    ) -> None:
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        self.eps = eps
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Logits [S, V] float32 of `batch.logit_rows`."""
+        x = torch.nn.functional.embedding(batch.tokens, self.embedding)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = add_rms_norm(x, residual, layer.attention_norm, self.eps)
+            x = layer.attention(x, batch)
+            x, residual = add_rms_norm(x, residual, layer.mlp_norm, self.eps)
+            x = layer.mlp(x, batch)
+        x, _ = add_rms_norm(x, residual, self.norm, self.eps)
+        return linear(x[batch.logit_rows], self.head)

@@ -1,0 +1,22 @@
+"""Rotary position embedding tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin of every position, [max positions, head dim / 2] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_table(inverse_frequencies: Tensor, max_positions: int, scale: float) -> Rotary:
+    """Angles position × inverse frequency ([head dim / 2]); `scale` multiplies both tables (YaRN's attention factor)."""
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies.float())
+    return Rotary((angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous())

@@ -1,0 +1,62 @@
+"""The one device allocation that KV cache and adapters share, cut into equal pages.
+
+Who owns which page is decided in `memory.pages` and `adapters.residency`; this room only turns a page number into bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from motet.errors import ConfigError
+from motet.kernels.kv_write import KVLayout
+from motet.types import ModelSpec
+
+PAGE_ALIGNMENT = 64
+MIN_RANK_ROWS = 16
+
+
+def page_bytes(spec: ModelSpec, page_tokens: int) -> int:
+    """Bytes of a page: the KV of `page_tokens` tokens in float32, or more if an adapter's row needs it.
+
+    A page also holds at least MIN_RANK_ROWS rows of the widest factor, so that tiny models can page adapters too.
+    """
+    kv = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * page_tokens * 4
+    widest = max((max(site.in_features, site.out_features) for site in spec.sites), default=0)
+    size = max(kv, widest * 4 * MIN_RANK_ROWS)
+    return -(-size // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+
+
+class Pool:
+    """`num_pages` pages of `page_bytes` bytes each. `data` is [num_pages, page_bytes] uint8."""
+
+    def __init__(self, spec: ModelSpec, pool_bytes: int, page_tokens: int) -> None:
+        self.spec = spec
+        self.page_tokens = page_tokens
+        self.page_bytes = page_bytes(spec, page_tokens)
+        self.num_pages = pool_bytes // self.page_bytes
+        if self.num_pages < 2:
+            raise ConfigError(
+                f"pool_bytes {pool_bytes} holds {self.num_pages} pages of {self.page_bytes} bytes; "
+                f"give at least {2 * self.page_bytes}"
+            )
+        self.data = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8)
+
+    @property
+    def flat(self) -> Tensor:
+        """The pool as one run of bytes [num_pages * page_bytes]."""
+        return self.data.view(-1)
+
+    @property
+    def kv(self) -> KVLayout:
+        """The pool seen as KV pages of all layers."""
+        spec = self.spec
+        return KVLayout(
+            flat=self.flat.view(torch.float32),
+            num_pages=self.num_pages,
+            page_stride=self.page_bytes // 4,
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            page_tokens=self.page_tokens,
+            head_dim=spec.head_dim,
+        )

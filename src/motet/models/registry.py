@@ -1,0 +1,69 @@
+"""From a model's name to its architecture: the one list to extend when a family is added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PretrainedConfig
+
+from motet.errors import ModelRefused
+from motet.layers.decoder import Decoder
+from motet.models import llama, mixtral
+from motet.models.weights import fingerprint, open_weights
+from motet.types import ModelSpec
+
+ARCHITECTURES: dict[str, ModuleType] = {
+    "LlamaForCausalLM": llama,
+    "MixtralForCausalLM": mixtral,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run and the float32 bytes of its weights."""
+
+    decoder: Decoder
+    nbytes: int
+
+
+def locate(model: str) -> Path:
+    """A local directory as it is, anything else as a hub id that is downloaded (or found in the hub's cache)."""
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")):
+        raise ModelRefused(f"{model} is not a model directory: it has no config.json")
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+    except Exception as error:
+        raise ModelRefused(f"{model} is neither a model directory nor a model that the hub gives us: {error}") from error
+
+
+def load_spec(directory: Path, name: str | None = None) -> ModelSpec:
+    """What can be known without weights. `name` defaults to the directory's."""
+    config, architecture = _read(directory)
+    spec: ModelSpec = architecture.spec(config, name or directory.name, fingerprint(directory))
+    return spec
+
+
+def load_model(directory: Path, max_positions: int) -> LoadedModel:
+    """The model with every weight of its checkpoint accounted for."""
+    config, architecture = _read(directory)
+    with open_weights(directory) as weights:
+        decoder: Decoder = architecture.build(config, weights, max_positions)
+    return LoadedModel(decoder, weights.nbytes)
+
+
+def _read(directory: Path) -> tuple[PretrainedConfig, ModuleType]:
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelRefused(f"{directory}/config.json cannot be read: {error}") from error
+    names = config.architectures or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return config, ARCHITECTURES[name]
+    raise ModelRefused(f"architecture {names} is not supported; supported are {sorted(ARCHITECTURES)}")

@@ -1,0 +1,92 @@
+"""Reading a base model's tensors from safetensors files, one at a time, none forgotten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from motet.errors import ModelRefused
+
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, sharded or not."""
+    index = directory / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [directory / name for name in names]
+    else:
+        files = [directory / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise ModelRefused(f"{file} is missing; Motet loads safetensors weights only")
+    return files
+
+
+def fingerprint(directory: Path) -> str:
+    """What identifies a base model: sha256 over its config and, of every weight file, header, size and a sample.
+
+    A header holds all names, dtypes, shapes and offsets; the sample (16 × 4 KiB) tells fine-tunes of one architecture
+    apart. Hashing all of a 14 GB checkpoint would cost ten seconds at each start.
+    """
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for file in weight_files(directory):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(length, 1 << 26)))
+            for part in range(16):
+                stream.seek(8 + length + (file.stat().st_size - 8 - length) * part // 16)
+                digest.update(stream.read(4096))
+        digest.update(str(file.stat().st_size).encode())
+    return digest.hexdigest()
+
+
+class Weights:
+    """Tensors by name, as float32. A tensor is taken once; what nobody took is an error at the end."""
+
+    def __init__(self, where: dict[str, Path]) -> None:
+        self._where = where
+        self.nbytes = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name as float32, its shape checked against the config's."""
+        file = self._where.pop(name, None)
+        if file is None:
+            raise ModelRefused(f"the checkpoint has no tensor {name}")
+        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+            tensor: Tensor = handle.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelRefused(f"tensor {name} is {tuple(tensor.shape)}, the config says {shape}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ModelRefused(f"tensor {name} is {tensor.dtype}; supported are float32, bfloat16 and float16")
+        self.nbytes += tensor.nelement() * 4
+        return tensor.float()
+
+    def left(self) -> list[str]:
+        """Names that were not taken."""
+        return sorted(self._where)
+
+
+@contextmanager
+def open_weights(directory: Path) -> Iterator[Weights]:
+    """All tensors of a model directory; leaving the block with tensors not taken raises ModelRefused."""
+    where: dict[str, Path] = {}
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+            where.update(dict.fromkeys(handle.keys(), file))
+    weights = Weights(where)
+    yield weights
+    left = [name for name in weights.left() if not name.endswith("rotary_emb.inv_freq")]
+    if left:
+        raise ModelRefused(f"the checkpoint has {len(left)} tensors that the architecture does not, first {left[0]}")

@@ -1,0 +1,203 @@
+"""Names point at digests: what is served under which name, and the only place where that changes.
+
+A request resolves its name once and keeps the digest, so moving a name (`replace`) or taking it away never
+touches work in flight; the engine is told to forget a digest when the last name has left it. Loads of one
+name happen one after the other, loads of different names beside each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from motet.errors import AdapterConflict, AdapterRefused, InvalidRequest, ModelNotFound, MotetError
+from motet.types import AdapterRecord, ModelSpec
+
+_NAME = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
+_LISTED = 50  # names in a "not found" message
+
+
+class Prepared(Protocol):
+    """An adapter that was validated, digested and packed: what AdapterRecord has from its files."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def image(self) -> str | os.PathLike[str]: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def num_parameters(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+
+
+class AdapterEngine(Protocol):
+    """The engine's side of a digest: where its image lies, and that no name needs it any more."""
+
+    async def register_adapter(self, digest: str, image_path: str, num_pages: int) -> None: ...
+
+    async def forget_adapter(self, digest: str) -> None:
+        """Drop the digest once the last request on it has finished."""
+        ...
+
+
+class StorageFull(MotetError):
+    """The disk that holds packed images is full; resident adapters serve on."""
+
+    status = 507
+    code = "storage_full"
+
+
+class Catalog:
+    """The served models: one base, and adapters by name."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        base: str,
+        root: str,
+        prepare: Callable[[Path], Prepared],
+        engine: AdapterEngine,
+    ) -> None:
+        self.spec = spec
+        self.base = base
+        self.root = root
+        self.created = time.time()
+        self._prepare = prepare
+        self._engine = engine
+        self._records: dict[str, AdapterRecord] = {}
+        self._registered: set[str] = set()  # digests that the engine knows
+        self._names = _Locks()
+        self._digests = _Locks()
+
+    def records(self) -> list[AdapterRecord]:
+        """All adapters, by name."""
+        return [self._records[name] for name in sorted(self._records)]
+
+    def resolve(self, name: str) -> AdapterRecord | None:
+        """The adapter served as `name`; None is the base. Raises ModelNotFound."""
+        if name == self.base:
+            return None
+        record = self._records.get(name)
+        if record is None:
+            raise self._not_found(name)
+        return record
+
+    async def load(self, name: str, path: str, *, replace: bool = False) -> AdapterRecord:
+        """Serve the adapter at `path` as `name`; with `replace`, move the name from the digest that it has
+        now.
+
+        Loading the digest that the name already has changes nothing. Raises InvalidRequest for a bad name,
+        AdapterRefused for bad files, AdapterConflict when the name has another digest and `replace` is false.
+        """
+        self._check_name(name)
+        _check_path(path)
+        async with self._names.hold(name):
+            prepared = await self._prepared(path)
+            old = self._records.get(name)
+            if old is not None and old.digest == prepared.digest:
+                return old
+            if old is not None and not replace:
+                raise AdapterConflict(
+                    f"{name!r} already serves digest {old.digest} from {old.source!r}; {path!r} has digest "
+                    f"{prepared.digest}. Unload {name!r} first, load under another name, or pass replace=true"
+                )
+            record = await self._point(name, path, prepared)
+            if old is not None:
+                await self._drop(old.digest)
+            return record
+
+    async def unload(self, name: str) -> AdapterRecord:
+        """Stop serving `name`; requests in flight finish. Raises ModelNotFound, and InvalidRequest for the base."""
+        if name == self.base:
+            raise InvalidRequest(f"{name!r} is the base model and cannot be unloaded", "lora_name")
+        async with self._names.hold(name):
+            record = self._records.pop(name, None)
+            if record is None:
+                raise self._not_found(name)
+            await self._drop(record.digest)
+            return record
+
+    async def _prepared(self, path: str) -> Prepared:
+        """Validate, digest and pack the files off the event loop."""
+        try:
+            return await asyncio.to_thread(self._prepare, Path(path))
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise AdapterRefused(f"cannot read adapter {path!r}: {error.strerror}") from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageFull(f"no space left to pack adapter {path!r}") from error
+            raise
+
+    async def _point(self, name: str, path: str, prepared: Prepared) -> AdapterRecord:
+        digest = prepared.digest
+        record = AdapterRecord(
+            name=name,
+            digest=digest,
+            source=path,
+            image=os.fspath(prepared.image),
+            rank=prepared.rank,
+            num_parameters=prepared.num_parameters,
+            size_bytes=prepared.size_bytes,
+            num_pages=prepared.num_pages,
+            created=time.time(),
+        )
+        async with self._digests.hold(digest):
+            if digest not in self._registered:
+                await self._engine.register_adapter(digest, record.image, record.num_pages)
+                self._registered.add(digest)
+            self._records[name] = record
+        return record
+
+    async def _drop(self, digest: str) -> None:
+        """Forget `digest` if no name points at it."""
+        async with self._digests.hold(digest):
+            if digest not in self._registered or any(r.digest == digest for r in self._records.values()):
+                return
+            self._registered.discard(digest)
+            await self._engine.forget_adapter(digest)
+
+    def _check_name(self, name: str) -> None:
+        segments = name.split("/")
+        if not _NAME.fullmatch(name) or ".." in name or "" in segments or "." in segments:
+            raise InvalidRequest(
+                f"adapter name {name[:200]!r} must be 1-200 of the characters A-Z a-z 0-9 . _ : @ / - "
+                "and hold no '..', no empty path segment and no leading or trailing '/'",
+                "lora_name",
+            )
+        if name == self.base:
+            raise InvalidRequest(f"{name!r} is the name of the base model", "lora_name")
+
+    def _not_found(self, name: str) -> ModelNotFound:
+        names = [self.base, *sorted(self._records)]
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        served = ", ".join(repr(n) for n in names[:_LISTED])
+        return ModelNotFound(f"no model {name[:200]!r}; served here: {served}{more}")
+
+
+def _check_path(path: str) -> None:
+    if not path or "\0" in path or len(path) > 4096:
+        raise InvalidRequest("lora_path must be a path of 1-4096 characters without NUL", "lora_path")
+
+
+class _Locks:
+    """One lock per key, kept only while somebody holds or awaits it."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def hold(self, key: str) -> asyncio.Lock:
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        return lock

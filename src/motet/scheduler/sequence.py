@@ -1,0 +1,95 @@
+"""The scheduler's private, mutable state of one sequence; what others see of it are chunks and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+from motet.scheduler.admission import longest_kv, pages_for
+from motet.types import Chunk, FinishReason, Request, Sampled, SeqOutput
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """One request from `add` to its terminal output.
+
+    `tokens` are all known tokens, prompt and generated; `computed` of them have their KV in `pages`, the
+    block table, which is empty while the sequence waits. `keys` are the prefix keys of its full blocks as far
+    as they have been hashed, the first `indexed` of which the prefix index has seen in these pages.
+    `max_pages` is the longest that `pages` can become. `cached_tokens` is what its first admission found in
+    the prefix index, `admitted` says that it has been. `passed` counts the schedule calls of this wait in
+    which it lacked pages.
+    """
+
+    id: int
+    request: Request
+    tokens: list[int]
+    max_pages: int
+    pages: tuple[int, ...] = ()
+    computed: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    indexed: int = 0
+    cached_tokens: int = 0
+    admitted: bool = False
+    passed: int = 0
+
+    @classmethod
+    def of(cls, id: int, request: Request, page_tokens: int) -> SequenceState:
+        longest = longest_kv(len(request.prompt), request.params.max_tokens)
+        return cls(id, request, list(request.prompt), pages_for(longest, page_tokens))
+
+    @property
+    def adapter(self) -> str:
+        return self.request.adapter
+
+    @property
+    def seniority(self) -> tuple[float, int]:
+        """Sorts the oldest first; pages are taken from the youngest."""
+        return self.request.arrival, self.id
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self.pages)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens still to compute; 1 once the sequence is past its prompt."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    def chunk(self, limit: int) -> Chunk:
+        """The next tokens to compute, at most `limit`."""
+        end = min(len(self.tokens), self.computed + limit)
+        return Chunk(
+            seq=self.id,
+            tokens=tuple(self.tokens[self.computed : end]),
+            start=self.computed,
+            pages=self.pages,
+            adapter=self.request.adapter,
+            sample=end == len(self.tokens),
+        )
+
+    def append(self, sample: Sampled, eos_token_ids: Container[int]) -> SeqOutput:
+        """Add a sampled token and say what the request gets of it."""
+        self.tokens.append(sample.token_id)
+        first = self.generated == 1
+        return SeqOutput(
+            self.request.id,
+            token_ids=(sample.token_id,),
+            logprobs=() if sample.logprob is None else (sample.logprob,),
+            finish=self._finish(sample.token_id, eos_token_ids),
+            cached_tokens=self.cached_tokens if first else 0,
+        )
+
+    def _finish(self, token: int, eos_token_ids: Container[int]) -> FinishReason | None:
+        """Why the sequence ends with this token, if it does.
+
+        `max_tokens` bounds the length alone: no request is accepted with which it could pass max_model_len.
+        """
+        params = self.request.params
+        if token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos):
+            return "stop"
+        return "length" if self.generated >= params.max_tokens else None

@@ -1,0 +1,84 @@
+"""What every request is wrapped in: an id, a log line, a bounded body, and a plain 500 for the unexpected."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from motet.errors import InvalidRequest
+from motet.observe.metrics import UNKNOWN, Metrics
+from motet.server.failures import CLIENT_GONE, BodyTooLarge, UnsupportedMediaType, response_to
+from motet.server.lifecycle import Lifecycle
+
+logger = logging.getLogger(__name__)
+REQUEST_ID = "X-Request-Id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/@+=-]{1,128}")
+
+
+class Envelope:
+    """ASGI middleware. A client's request id is kept when it is a plain word; otherwise one is drawn."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, metrics: Metrics) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        arrival = time.perf_counter()
+        asked = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["arrival"] = arrival
+        status = 0
+
+        async def stamped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            with self._lifecycle.request():
+                await self._app(scope, receive, stamped)
+        except ClientDisconnect:
+            status = CLIENT_GONE
+        except Exception as failure:
+            logger.exception("unexpected failure", extra={"request_id": request_id})
+            self._metrics.error(state.get("model", UNKNOWN), "internal_error")
+            if status:  # too late for a status: the connection must not look complete
+                raise
+            await response_to(failure)(scope, receive, stamped)
+        finally:
+            fields = {"request_id": request_id, "model": state.get("model", "-"), "status": status}
+            took = (time.perf_counter() - arrival) * 1e3
+            logger.info("%s %s %.1f ms", scope["method"], scope["path"][:200], took, extra=fields)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The JSON body of `request`. Raises BodyTooLarge as soon as it is known to be over `limit` bytes."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType("the request body must have Content-Type: application/json")
+    too_large = BodyTooLarge(f"the request body is larger than {limit} bytes")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal():
+        raise InvalidRequest("Content-Length must be a number")
+    if int(declared[:20]) > limit:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,139 @@
+"""Every way a request can fail, as a status and OpenAI's error body, so that clients never see our internals.
+
+The body is {"error": {"message", "type", "param", "code"}}. A MotetError is told in full, anything else is a
+bare 500.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from motet.errors import MotetError
+from motet.observe.metrics import UNKNOWN, Metrics
+
+logger = logging.getLogger(__name__)
+
+CLIENT_GONE = 499  # nginx's number for "client closed request": for the log, nobody receives it
+_RETRY_AFTER_SECONDS = {503: "1", 507: "60"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class Unavailable(MotetError):
+    """Not now: the engine is warming up, or the server is shutting down."""
+
+    status = 503
+    code = "unavailable"
+
+
+class BodyTooLarge(MotetError):
+    """The request body is over `max_body_bytes`."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(MotetError):
+    """The body is not declared as JSON; a browser can send other types across sites without asking."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class Forbidden(MotetError):
+    """This server does not allow it."""
+
+    status = 403
+    code = "forbidden"
+
+
+class GenerationFailed(MotetError):
+    """The engine ended a request that it had accepted with an error."""
+
+    code = "generation_failed"
+
+
+class Error(msgspec.Struct, frozen=True):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: Error
+
+
+def status_of(failure: BaseException) -> int:
+    """The HTTP status for `failure`."""
+    return failure.status if isinstance(failure, MotetError) else 500
+
+
+def body_of(failure: BaseException) -> ErrorBody:
+    """OpenAI's error body for `failure`; only a MotetError may speak for itself."""
+    if isinstance(failure, MotetError):
+        param = getattr(failure, "param", None)
+        return ErrorBody(Error(str(failure), _type_of(failure.status), param, failure.code))
+    return ErrorBody(Error("internal server error", _type_of(500), None, "internal_error"))
+
+
+def response_to(failure: BaseException) -> Response:
+    """The whole HTTP answer for `failure`."""
+    status = status_of(failure)
+    return _response(status, body_of(failure))
+
+
+Handler = Callable[[Request, Any], Coroutine[Any, Any, Response]]
+
+
+def handlers(metrics: Metrics) -> dict[int | type[Exception], Handler]:
+    """What Starlette calls for exceptions that leave an endpoint before its response has started."""
+
+    def record(request: Request, code: str) -> None:
+        metrics.error(getattr(request.state, "model", UNKNOWN), code)
+
+    async def on_motet_error(request: Request, failure: MotetError) -> Response:
+        record(request, failure.code)
+        if failure.status >= 500:
+            logger.warning("%s: %s", failure.code, failure)
+        return response_to(failure)
+
+    async def on_http_error(request: Request, failure: HTTPException) -> Response:
+        status = failure.status_code
+        code = HTTPStatus(status).phrase.lower().replace(" ", "_")
+        record(request, code)
+        message = f"{request.method} {request.url.path[:200]}: {HTTPStatus(status).phrase}"
+        return _response(status, ErrorBody(Error(message, _type_of(status), None, code)), failure.headers)
+
+    async def on_client_gone(request: Request, _: ClientDisconnect) -> Response:
+        record(request, "client_gone")
+        return Response(status_code=CLIENT_GONE)
+
+    return {MotetError: on_motet_error, HTTPException: on_http_error, ClientDisconnect: on_client_gone}
+
+
+def _response(status: int, body: ErrorBody, headers: object = None) -> Response:
+    answer = Response(msgspec.json.encode(body), status, media_type="application/json")
+    if isinstance(headers, dict):
+        answer.headers.update(headers)
+    if status in _RETRY_AFTER_SECONDS:
+        answer.headers["Retry-After"] = _RETRY_AFTER_SECONDS[status]
+    return answer
+
+
+def _type_of(status: int) -> str:
+    return _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")

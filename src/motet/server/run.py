@@ -1,0 +1,131 @@
+"""Serving the application in this process: uvicorn, with an orderly end and no patience for stalled clients.
+
+SIGTERM or SIGINT: readiness turns 503 and new work is refused while the socket still answers; work in flight
+has `grace_seconds` to finish, then ends with an error; then `serve` returns, so that the process can exit
+with 0. A second signal skips the grace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from motet.config import ServerConfig
+from motet.server.lifecycle import Lifecycle
+
+logger = logging.getLogger(__name__)
+_STALLED_SECONDS = 30.0  # a client that takes nothing of 64 KiB for so long is cut off
+_READ_BYTES = 4 << 10  # of 1-byte HTTP chunks: 10-20 ms of parsing; asyncio's own 256 KiB are 600 ms
+_KEEP_ALIVE_SECONDS = 65  # longer than load balancers keep an idle connection, so that they close it first
+_CLOSING_SECONDS = 5  # after the grace, for the last bytes
+
+
+async def serve(
+    app: FastAPI,
+    config: ServerConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    grace_seconds: float = 30.0,
+) -> None:
+    """Serve `app` until a signal, then drain it. `on_ready` is called with the URL once the socket listens.
+
+    Raises OSError when the address cannot be bound.
+    """
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+    )
+    await Server(settings, app.state.lifecycle, on_ready, grace_seconds).serve()
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a drain between the signal and the end."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        lifecycle: Lifecycle,
+        on_ready: Callable[[str], None] | None,
+        grace_seconds: float,
+    ) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._on_ready = on_ready
+        self._grace = grace_seconds
+        self._deadline: float | None = None
+        self._hurry = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._on_ready is not None and self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        """Drain. uvicorn's own handler would close the socket at once and die of the signal in the end."""
+        self._hurry = self._lifecycle.draining
+        self._lifecycle.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called every 0.1 s; true ends the server."""
+        lifecycle = self._lifecycle
+        if lifecycle.draining:
+            now = time.monotonic()
+            if self._deadline is None:
+                self._deadline = now + self._grace
+                logger.info("draining: %d requests in flight", lifecycle.in_flight)
+            if self._hurry or now >= self._deadline:
+                lifecycle.cut()
+            if self._hurry or now >= self._deadline or not lifecycle.in_flight:
+                return True
+        return await super().on_tick(counter)
+
+
+class Connection(H11Protocol):
+    """One client. Reads in small bites, so that no client can keep the event loop busy, and hangs up on one
+    that has
+    stopped reading: asyncio's own close would wait for it for ever."""
+
+    _stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if hasattr(transport, "max_size"):
+            transport.max_size = _READ_BYTES
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(_STALLED_SECONDS, self._hang_up)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forgive()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forgive()
+        super().connection_lost(exc)
+
+    def _hang_up(self) -> None:
+        logger.warning("a client stopped reading for %.0f s", _STALLED_SECONDS)
+        self.transport.abort()
+
+    def _forgive(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None

@@ -1,0 +1,242 @@
+"""The vocabulary of the house: complete, immutable values that travel from room to room.
+
+Request → Plan → StepResult → Delta. They are msgspec structs, so that the same value crosses the socket between
+the server and the engine process without a second definition.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+BASE = ""  # the digest of "no adapter"
+
+
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A frozen value; unknown fields are errors."""
+
+
+class SamplingParams(Struct, frozen=True):
+    """How tokens are chosen. Fields carry OpenAI's names and meanings where OpenAI has them.
+
+    `temperature` 0 is greedy. `top_k` 0 means all. `seed` None draws one. `logprobs` is how many alternatives to
+    report per token (0 reports just the chosen token, None nothing). `stop` strings end the text before them;
+    `stop_token_ids` end it after the token. The end-of-sequence ids of the model stop too unless `ignore_eos`.
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+
+class Request(Struct, frozen=True):
+    """One sequence to generate: `n` choices of one HTTP request are `n` of these.
+
+    `adapter` is a digest, or BASE. `arrival` is a monotonic time in seconds.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    adapter: str = BASE
+    arrival: float = 0.0
+
+
+class TokenLogprob(Struct, frozen=True):
+    """The natural log-probability of one sampled token and of the most likely alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class SeqOutput(Struct, frozen=True):
+    """What one engine step gave one sequence. `finish` is set exactly once, on the last output of a request.
+
+    With finish "error", `error` is the message and `code` the word of the error's class.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    error: str | None = None
+    code: str | None = None
+    cached_tokens: int = 0
+
+
+class Chunk(Struct, frozen=True):
+    """The share of one sequence in a step: compute tokens [start, start + len(tokens)) of it.
+
+    `pages` is the block table; `sample` says that the last row's logits choose the next token.
+    """
+
+    seq: int
+    tokens: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    adapter: str
+    sample: bool
+
+
+class Sampled(Struct, frozen=True):
+    """The token that a step chose for sequence `seq`."""
+
+    seq: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class Load(Struct, frozen=True):
+    """An adapter to copy into `pages` of the pool, in image order, beside the step loop."""
+
+    digest: str
+    pages: tuple[int, ...]
+
+
+class Plan(Struct, frozen=True):
+    """One step, decided and not yet executed: adapters to drop, loads to start, tokens to compute, in this order."""
+
+    evictions: tuple[str, ...] = ()
+    loads: tuple[Load, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+class Site(Struct, frozen=True):
+    """A linear map of the base model that an adapter may change.
+
+    `module` is one of q k v o gate up down; `expert` is -1 outside MoE layers. Shapes are features.
+    `paths` are the names under which PEFT files know it, without the `base_model.model.` prefix.
+    """
+
+    layer: int
+    module: str
+    expert: int
+    in_features: int
+    out_features: int
+    paths: tuple[str, ...]
+
+    def __str__(self) -> str:
+        expert = f".experts.{self.expert}" if self.expert >= 0 else ""
+        return f"layers.{self.layer}{expert}.{self.module}"
+
+
+class FusedExperts(Struct, frozen=True):
+    """A module whose 3-D parameters hold all experts of a layer, as PEFT's `target_parameters` adapts them."""
+
+    path: str
+    layer: int
+    num_experts: int
+
+
+class ModelSpec(Struct, frozen=True):
+    """Everything about a base model that can be known without its weights.
+
+    `sites` is ordered by layer, then q k v o, then gate up down (per expert); a site's position in it is its
+    index in the adapter table.
+    """
+
+    architecture: str
+    name: str
+    digest: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    num_experts: int
+    eos_token_ids: tuple[int, ...]
+    sites: tuple[Site, ...]
+    fused: tuple[FusedExperts, ...] = ()
+
+
+class PreparedAdapter(Struct, frozen=True):
+    """An adapter that was checked, digested and packed: what is known of it before it has a name.
+
+    `image` is the path of the packed image; `rank` the highest of its modules; `size_bytes` what it takes in the pool.
+    """
+
+    digest: str
+    image: str
+    rank: int
+    num_parameters: int
+    num_pages: int
+    size_bytes: int
+
+
+class AdapterRecord(Struct, frozen=True):
+    """A served adapter: a name that points at a digest, and what an operator wants to know of it.
+
+    `rank` is the highest of its modules; `size_bytes` what it takes in the pool; `created` is unix time in seconds;
+    `image` the path of the packed image.
+    """
+
+    name: str
+    digest: str
+    source: str
+    image: str
+    rank: int
+    num_parameters: int
+    size_bytes: int
+    num_pages: int
+    created: float
+
+
+class EngineStats(Struct, frozen=True):
+    """A snapshot of the engine for metrics and health. Pages are counts of pool pages.
+
+    `residency` maps digest → absent, loading or ready; the counters only grow.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    total_pages: int = 0
+    free_pages: int = 0
+    kv_pages: int = 0
+    cached_pages: int = 0
+    adapter_pages: int = 0
+    page_bytes: int = 0
+    weight_bytes: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    evictions: int = 0
+    loads: int = 0
+    load_seconds: float = 0.0
+    residency: dict[str, str] = {}
+    running_by_adapter: dict[str, int] = {}
+    waiting_by_adapter: dict[str, int] = {}
+
+
+class Delta(Struct, frozen=True):
+    """A piece of the answer to one request: text that is final, its tokens, and at the end why it stopped."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    error: str | None = None
+    cached_tokens: int = 0

@@ -1,0 +1,61 @@
+"""Log lines: one per event, with their fields, and safe from what clients send."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from motet.observe.log import setup
+
+from .fakes import House
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+def test_text() -> None:
+    stream = io.StringIO()
+    setup("info", stream=stream)
+    logging.getLogger("motet.x").info("hello %s", "a\nb", extra={"model": "m", "path": "a b", "empty": ""})
+    logging.getLogger("motet.x").debug("not shown")
+    line = stream.getvalue()
+    assert line.endswith(' INFO motet.x: hello a\\nb model=m path="a b" empty=""\n')
+    assert line.count("\n") == 1
+    assert line[10] == "T"
+
+
+def test_json() -> None:
+    stream = io.StringIO()
+    setup("DEBUG", as_json=True, stream=stream)
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        logging.getLogger("motet.x").exception("oh\nno", extra={"model": "m"})
+    line = json.loads(stream.getvalue())
+    assert (line["level"], line["logger"], line["message"], line["model"]) == (
+        "ERROR",
+        "motet.x",
+        "oh\nno",
+        "m",
+    )
+    assert "ValueError: boom" in line["traceback"]
+
+
+def test_requests_are_logged_without_what_they_carry(house: House) -> None:
+    stream = io.StringIO()
+    setup(stream=stream)
+    house.complete(prompt="my secret")
+    house.get("/health?api_key=secret", authorization="Bearer secret")
+    lines = "".join(line for line in stream.getvalue().splitlines() if " motet." in line)
+    assert "POST /v1/completions" in lines
+    assert "model=base status=200" in lines
+    assert "secret" not in lines

@@ -1,0 +1,108 @@
+"""The end of a server: readiness, what is in flight, what comes too late, and the exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from .fakes import FakeGenerator, build, listening, run, until
+
+COMPLETION = {"model": "base", "prompt": "x", "max_tokens": 400}
+
+
+def test_work_in_flight_finishes_while_new_work_is_refused() -> None:
+    house = build(FakeGenerator(["a"] * 40, delay=0.01))
+
+    async def scenario(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url) as client, httpx.AsyncClient(base_url=url) as other:
+            stream = asyncio.create_task(client.post("/v1/completions", json={**COMPLETION, "stream": True}))
+            plain = asyncio.create_task(client.post("/v1/completions", json=COMPLETION))
+            await until(lambda: house.generator.yielded > 4)
+            house.app.state.lifecycle.drain()
+            assert (await other.get("/ready")).status_code == 503
+            assert (await other.get("/health")).status_code == 200
+            refused = await other.post("/v1/completions", json=COMPLETION)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+            assert (await stream).text.endswith("data: [DONE]\n\n")
+            assert (await plain).json()["choices"][0]["text"] == "a" * 40
+
+    with listening(house) as url:
+        run(scenario(url))
+
+
+def test_after_the_grace_everything_ends_with_an_error() -> None:
+    house = build(FakeGenerator(["a"] * 400, delay=0.05))
+
+    async def scenario(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url) as client:
+            stream = asyncio.create_task(client.post("/v1/completions", json={**COMPLETION, "stream": True}))
+            plain = asyncio.create_task(client.post("/v1/completions", json=COMPLETION))
+            await until(lambda: house.generator.yielded > 4)
+            house.app.state.lifecycle.drain()
+            text = (await stream).text
+            assert '{"error":{"message":"the server shut down' in text
+            assert "[DONE]" not in text
+            assert (await plain).status_code == 503
+        assert house.generator.running == 0
+
+    with listening(house, grace_seconds=0.3) as url:
+        run(scenario(url))
+
+
+def test_an_engine_that_dies_ends_every_stream() -> None:
+    house = build(FakeGenerator(["a"] * 400, delay=0.01))
+
+    async def scenario(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url) as client:
+            streams = [
+                asyncio.create_task(client.post("/v1/completions", json={**COMPLETION, "stream": True}))
+                for _ in range(5)
+            ]
+            await until(lambda: house.generator.yielded > 10)
+            house.generator.alive = False
+            house.generator.fail_after = 0
+            for stream in streams:
+                assert '"error"' in (await stream).text
+            assert (await client.get("/health")).status_code == 503
+
+    with listening(house) as url:
+        run(scenario(url))
+
+
+PROGRAM = """
+import asyncio
+from motet.config import ServerConfig
+from motet.server.run import serve
+from tests.server.fakes import FakeGenerator, build
+
+house = build(FakeGenerator(["a"] * 20, delay=0.02))
+asyncio.run(serve(house.app, ServerConfig(port=0), on_ready=lambda url: print(url, flush=True)))
+"""
+
+
+def test_sigterm_under_load() -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, cwd=root, env=environment
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+
+        async def scenario() -> None:
+            async with httpx.AsyncClient(base_url=url) as client:
+                stream = asyncio.create_task(
+                    client.post("/v1/completions", json={**COMPLETION, "stream": True})
+                )
+                await asyncio.sleep(0.2)
+                process.send_signal(signal.SIGTERM)
+                assert (await stream).text.endswith("data: [DONE]\n\n")
+
+        run(scenario())
+        assert process.wait(5) == 0

@@ -1,0 +1,107 @@
+"""Tiny random models and PEFT adapters on disk, for tests of the engine and everything above it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCAB = 290
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write_model(folder: Path, kind: str, seed: int = 0, **overrides: Any) -> Path:
+    """A random fp32 model of `kind` (llama or mixtral) with a byte-level tokenizer; returns its directory."""
+    torch.manual_seed(seed)
+    config = {**SHAPE, **overrides}
+    model: PreTrainedModel
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    else:
+        model = MixtralForCausalLM(
+            MixtralConfig(**config, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.08 if "gate.weight" not in name else 0.5)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Bytes as tokens: id 0 is unused, 1 is end of sequence, the rest are the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def write_adapter(folder: Path, model: Path, kind: str, seed: int, **config: Any) -> Path:
+    """A random adapter written by PEFT itself; `config` goes to LoraConfig."""
+    base = load_reference(model, kind)
+    wrapped = get_peft_model(base, LoraConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def write_expert_adapter(folder: Path, model: Path, seed: int, rank: int) -> Path:
+    """An adapter of every expert of a tiny Mixtral in the classic per-expert names (w1, w2, w3)."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    hidden, wide = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    tensors = {}
+    for layer in range(SHAPE["num_hidden_layers"]):
+        for expert in range(4):
+            for name, (out, into) in {"w1": (wide, hidden), "w2": (hidden, wide), "w3": (wide, hidden)}.items():
+                path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{path}.lora_A.weight"] = torch.randn(rank, into, generator=generator) * 0.15
+                tensors[f"{path}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.15
+    save_file(tensors, folder / "adapter_model.safetensors")
+    LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["w1", "w2", "w3"], base_model_name_or_path=str(model),
+        task_type="CAUSAL_LM",
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def load_reference(model: Path, kind: str) -> PreTrainedModel:
+    """The model as transformers runs it, fp32."""
+    cls = LlamaForCausalLM if kind == "llama" else MixtralForCausalLM
+    reference: PreTrainedModel = cls.from_pretrained(model, dtype=torch.float32).eval()
+    return reference
