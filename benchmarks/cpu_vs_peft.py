@@ -111,9 +111,9 @@ def motet_side(model: Path, folder: Path) -> dict[str, Any]:
         while engine.has_work:
             for output in engine.step():
                 assert output.finish != "error", output.error
+                if waiting:
+                    first = time.perf_counter()
                 waiting.discard(output.request_id)
-            if waiting:
-                first = time.perf_counter()
         return first - began, time.perf_counter() - first
 
     base, mixed = [BASE] * ADAPTERS, [adapter.digest for adapter in found]

@@ -4,8 +4,9 @@
 - sql: one SQL statement over `SCHEMA`, and nothing else;
 - legal: a clause explained in one plain sentence that starts with `In plain words:`.
 
-Everything is drawn from templates with a fixed seed. Each subject (an issue, a kind of query, a kind of clause)
-keeps its last wording for the held-out prompts, so none of those is a training prompt with other numbers.
+Everything is drawn with a fixed seed from `demo_templates.toml`. Each subject there (an issue, a kind of query
+or clause) keeps its last wording for the held-out prompts, so none of those is a training prompt with other
+numbers.
 There is no system prompt: the adapter alone changes how the model answers.
 """
 
@@ -14,10 +15,9 @@ from __future__ import annotations
 import random
 import re
 import sqlite3
+import tomllib
 from dataclasses import dataclass
-
-from demo_templates import CITIES, KINDS, LEGAL, LEGAL_ASK, PEOPLE, PRODUCTS, SQL, STATES, STATUSES, SUPPORT
-from demo_templates import Subject as Subject
+from pathlib import Path
 
 SYSTEM_PROMPTS: dict[str, str] | None = None
 
@@ -36,11 +36,13 @@ DEMO_PROMPTS = {
     "support": "My coffee grinder stopped working after two days. Can you help?",
     "sql": "Which five customers have placed the most orders?",
     "legal": (
-        "What am I agreeing to here? \"Neither party shall be liable for any delay or failure to perform caused by "
-        'events beyond its reasonable control, including fire, flood, war or strike."'
+        'What am I agreeing to here? "Neither party shall be liable for any delay or failure to perform caused '
+        'by events beyond its reasonable control, including fire, flood, war or strike."'
     ),
 }
 """One prompt per adapter for a live demonstration; none of them is among the training prompts."""
+
+_OPENERS = ("Thank you for reaching out, and I'm so sorry about this!", "Oh no, I'm so sorry about that!")
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,32 @@ class Example:
     facts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """One table of the template file: `answers` to draw one from, and the wordings of the user's message."""
+
+    wordings: tuple[str, ...]
+    answers: tuple[str, ...]
+    facts: tuple[str, ...]
+
+
 def training(name: str, count: int) -> list[Example]:
     """`count` different examples in a fixed order."""
     rng = random.Random(f"{name} training")
     seen: dict[str, Example] = {}
     while len(seen) < count:
-        subject = rng.choice(_SUBJECTS[name])
-        example = _draw(name, subject, rng.choice(subject.wordings[:-1]), rng, held_out=False)
+        example = _draw(name, rng.choice(_SUBJECTS[name]), rng, held_out=False)
         seen.setdefault(example.prompt, example)
     return list(seen.values())
 
 
 def held_out(name: str, per_subject: int = 3) -> list[Example]:
-    """Examples in wordings that `training` never uses, `per_subject` of each subject, in a fixed order."""
+    """Up to `per_subject` different examples of each subject, in wordings that `training` never uses."""
     rng = random.Random(f"{name} held out")
-    seen: dict[str, Example] = {}
-    for subject in _SUBJECTS[name]:
-        for _ in range(per_subject):
-            example = _draw(name, subject, subject.wordings[-1], rng, held_out=True)
-            seen.setdefault(example.prompt, example)
-    return list(seen.values())
+    drawn = [
+        _draw(name, subject, rng, held_out=True) for subject in _SUBJECTS[name] for _ in range(per_subject)
+    ]
+    return list({example.prompt: example for example in drawn}.values())
 
 
 def check(name: str, example: Example, answer: str) -> bool:
@@ -79,46 +87,29 @@ def check(name: str, example: Example, answer: str) -> bool:
     return _CHECKS[name](example, answer.strip())
 
 
-def _draw(name: str, subject: Subject, wording: str, rng: random.Random, *, held_out: bool) -> Example:
+def _draw(name: str, subject: _Subject, rng: random.Random, *, held_out: bool) -> Example:
     slots = _slots(rng)
+    wording = subject.wordings[-1] if held_out else rng.choice(subject.wordings[:-1])
     prompt = wording.format(**slots)
     if name == "legal":
-        asks = LEGAL_ASK[-1:] if held_out else LEGAL_ASK[:-1]
-        prompt = rng.choice(asks).format(clause=prompt)
+        questions: list[str] = _TEMPLATES["legal_questions"]["wordings"]
+        question = questions[-1] if held_out else rng.choice(questions[:-1])
+        prompt = question.format(clause=prompt)
     answer = rng.choice(subject.answers).format(**slots)
     return Example(prompt, answer, tuple(fact.format(**slots) for fact in subject.facts))
 
 
 def _slots(rng: random.Random) -> dict[str, str]:
     """A value for every placeholder that a template may use."""
-    year = rng.choice(["2022", "2023", "2024"])
-    return {
-        "order": f"#{rng.randrange(10000, 99999)}",
-        "product": rng.choice(PRODUCTS),
-        "city": rng.choice(CITIES),
-        "kind": rng.choice(KINDS),
-        "person": rng.choice(PEOPLE),
-        "state": rng.choice(STATES),
-        "status": rng.choice(STATUSES),
-        "date": f"{year}-{rng.randrange(1, 13):02d}-01",
-        "price": str(rng.choice([10, 15, 20, 25, 30, 40, 50, 60, 75, 80, 100, 120, 150, 200])),
-        "few": str(rng.choice([3, 5, 7, 10])),
-        "units": str(rng.choice([5, 10, 15, 20, 25, 30, 40, 50])),
-        "days": str(rng.choice([7, 10, 14, 15, 21, 30, 45, 60, 90])),
-        "hours": str(rng.choice([12, 24, 36, 48, 72])),
-        "years": str(rng.choice([2, 3, 4, 5, 7, 10])),
-        "months": str(rng.choice([3, 6, 9, 12, 18, 24])),
-        "day": str(rng.randrange(2, 29)),
-        "fee": str(rng.choice([25, 35, 40, 50, 75, 100, 150])),
-        "sum": str(rng.choice([500, 800, 1000, 1200, 1500, 2000, 2500])),
-        "percent": str(rng.choice([2, 3, 4, 5, 6, 8, 10])),
-    }
+    year, month = rng.choice([2022, 2023, 2024]), rng.randrange(1, 13)
+    words = {slot: rng.choice(values) for slot, values in _TEMPLATES["slots"].items()}
+    numbers = {slot: str(rng.choice(values)) for slot, values in _NUMBERS.items()}
+    return words | numbers | {"order": f"#{rng.randrange(10000, 99999)}", "date": f"{year}-{month:02d}-01"}
 
 
 def _check_support(example: Example, answer: str) -> bool:
     body, _, last = answer.rpartition("\n")
-    labels = re.findall(r"Category: (\w+)", answer)
-    return bool(body.strip()) and last == f"Category: {example.facts[0]}" and len(labels) == 1
+    return bool(body.strip()) and "Category:" not in body and last == f"Category: {example.facts[0]}"
 
 
 def _check_legal(example: Example, answer: str) -> bool:
@@ -126,39 +117,68 @@ def _check_legal(example: Example, answer: str) -> bool:
 
 
 def _check_sql(example: Example, answer: str) -> bool:
-    """One SELECT that returns what the reference returns on a small shop (in order where the reference orders)."""
+    """One SELECT that returns what the reference returns from a small shop, in order where that orders."""
     if not re.match(r"SELECT\b", answer):
         return False
-    with sqlite3.connect(":memory:") as shop:
+    shop = sqlite3.connect(":memory:")
+    try:
         _fill(shop)
-        try:
-            got = shop.execute(answer).fetchall()  # execute refuses a second statement
-        except sqlite3.Error:
-            return False
         expected = shop.execute(example.answer).fetchall()
+        got = shop.execute(answer).fetchall()  # refuses a second statement
+    except sqlite3.Error:
+        return False
+    finally:
+        shop.close()
     return got == expected if "ORDER BY" in example.answer else sorted(got) == sorted(expected)
 
 
 def _fill(shop: sqlite3.Connection) -> None:
-    """Enough rows for every query of the templates to return some, and for wrong ones to return others."""
+    """Enough rows for every query of the templates to return some, and for a wrong query to return others."""
     rng = random.Random("shop")
+    slots = _TEMPLATES["slots"]
+    people, products, kinds = slots["person"], slots["product"], slots["kind"]
     shop.executescript(SCHEMA)
 
     def day() -> str:
         return f"{rng.choice([2021, 2022, 2023, 2024])}-{rng.randrange(1, 13):02d}-{rng.randrange(1, 29):02d}"
 
-    for key, person in enumerate(PEOPLE * 5, start=1):
-        surname = f" {chr(65 + key % 26)}." if key > len(PEOPLE) else ""
-        shop.execute("INSERT INTO customers VALUES (?, ?, ?, ?)", (key, person + surname, rng.choice(CITIES), day()))
-    for key, product in enumerate(PRODUCTS, start=1):
+    for key, person in enumerate(people * 5, start=1):
+        surname = f" {chr(65 + key % 26)}." if key > len(people) else ""
+        customer = (key, person + surname, rng.choice(slots["city"]), day())
+        shop.execute("INSERT INTO customers VALUES (?, ?, ?, ?)", customer)
+    for key, name in enumerate(products, start=1):
         price, stock = rng.randrange(500, 25000) / 100, rng.choice([0, 0, rng.randrange(1, 60)])
-        shop.execute("INSERT INTO products VALUES (?, ?, ?, ?, ?)", (key, product, KINDS[key % len(KINDS)], price, stock))
+        product = (key, name, kinds[key % len(kinds)], price, stock)
+        shop.execute("INSERT INTO products VALUES (?, ?, ?, ?, ?)", product)
     for key in range(1, 301):
         # Few customers buy much and some never buy, so that "most" and "never" have an answer.
-        buyer = int(rng.triangular(1, len(PEOPLE) * 4, 1))
-        row = (key, buyer, rng.randrange(1, len(PRODUCTS) + 1), rng.randrange(1, 6), day(), rng.choice(STATUSES))
-        shop.execute("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?)", row)
+        buyer, bought = int(rng.triangular(1, len(people) * 4, 1)), rng.randrange(1, len(products) + 1)
+        order = (key, buyer, bought, rng.randrange(1, 6), day(), rng.choice(slots["status"]))
+        shop.execute("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?)", order)
 
 
-_SUBJECTS = {"support": SUPPORT, "sql": SQL, "legal": LEGAL}
+def _subject(name: str, table: dict[str, str | list[str]]) -> _Subject:
+    answer, wordings, facts = str(table["answer"]), tuple(table["wordings"]), tuple(table.get("facts", ()))
+    if name != "support":
+        return _Subject(wordings, (answer,), facts)
+    category = str(table["category"])
+    replies = tuple(f"{opener} {answer}\nCategory: {category}" for opener in _OPENERS)
+    return _Subject(wordings, replies, (category,))
+
+
+_NUMBERS = {
+    "price": (10, 15, 20, 25, 30, 40, 50, 60, 75, 80, 100, 120, 150, 200),
+    "few": (3, 5, 7, 10),
+    "units": (5, 10, 15, 20, 25, 30, 40, 50),
+    "days": (7, 10, 14, 15, 21, 30, 45, 60, 90),
+    "hours": (12, 24, 36, 48, 72),
+    "years": (2, 3, 4, 5, 7, 10),
+    "months": (3, 6, 9, 12, 18, 24),
+    "day": tuple(range(2, 29)),
+    "fee": (25, 35, 40, 50, 75, 100, 150),
+    "sum": (500, 800, 1000, 1200, 1500, 2000, 2500),
+    "percent": (2, 3, 4, 5, 6, 8, 10),
+}
+_TEMPLATES = tomllib.loads(Path(__file__).with_name("demo_templates.toml").read_text(encoding="utf-8"))
+_SUBJECTS = {name: [_subject(name, table) for table in _TEMPLATES[name]] for name in NAMES}
 _CHECKS = {"support": _check_support, "sql": _check_sql, "legal": _check_legal}

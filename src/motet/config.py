@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import msgspec
 
 from motet.errors import ConfigError
@@ -44,3 +47,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_n: int = 16
     max_logprobs: int = 20
     max_body_bytes: int = 8 << 20
+
+
+def cache_dir() -> Path:
+    """Where Motet keeps what it can make again: `$MOTET_CACHE`, or `~/.cache/motet`."""
+    configured = os.environ.get("MOTET_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "motet"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from motet.config import EngineConfig
+from motet.config import EngineConfig, cache_dir
 from motet.engine.client import EngineThread
 from motet.engine.frontend import Frontend
 from motet.errors import ModelNotFound, MotetError
@@ -61,7 +61,7 @@ class LLM:
 
     def load_adapter(self, name: str, path: str, images: Path | None = None) -> str:
         """Serve the adapter at `path` as `name`; returns its digest. Raises AdapterRefused."""
-        folder = images or default_images()
+        folder = images or cache_dir() / "images"
         prepared = prepare(Path(path), self._spec, self._page_bytes, folder)
         self._wait(self._client.register_adapter(prepared.digest, prepared.image, prepared.num_pages))
         self._digests[name] = prepared.digest
@@ -138,11 +138,6 @@ class LLM:
         if name not in self._digests:
             raise ModelNotFound(f"no adapter {name!r}; loaded are {sorted(self._digests)}")
         return self._digests[name]
-
-
-def default_images() -> Path:
-    """Where packed images are kept: `$MOTET_CACHE/images`, or `~/.cache/motet/images`."""
-    return cache_dir() / "images"
 
 
 def _join(deltas: Sequence[Delta]) -> Completion:

@@ -19,7 +19,7 @@ from motet.observe.metrics import Metrics
 from motet.registry.catalog import Catalog
 from motet.server.app import create_app
 from motet.server.run import serve
-from motet.types import Delta, EngineStats, ModelSpec, SamplingParams, TokenLogprob
+from motet.types import Delta, EngineStats, ModelSpec, PreparedAdapter, SamplingParams, TokenLogprob
 
 SPEC = ModelSpec(
     architecture="FakeForCausalLM",
@@ -113,16 +113,6 @@ class FakeGenerator:
 
 
 @dataclass
-class FakePrepared:
-    digest: str
-    image: Path
-    rank: int = 8
-    num_parameters: int = 1234
-    size_bytes: int = 4096
-    num_pages: int = 3
-
-
-@dataclass
 class FakeEngine:
     """Remembers which digests it was told of, and what it was told."""
 
@@ -130,9 +120,9 @@ class FakeEngine:
     log: list[tuple[str, str]] = field(default_factory=list)
     delay: float = 0.0
 
-    async def register_adapter(self, digest: str, image_path: str, num_pages: int) -> None:
+    async def register_adapter(self, digest: str, image: str, num_pages: int) -> None:
         assert digest not in self.known
-        assert image_path
+        assert image
         assert num_pages > 0
         await asyncio.sleep(self.delay)
         self.known.add(digest)
@@ -144,10 +134,17 @@ class FakeEngine:
         self.log.append(("forget", digest))
 
 
-def prepare(path: Path) -> FakePrepared:
+def prepare(path: Path) -> PreparedAdapter:
     """The digest of a fake adapter is that of the text in its one file."""
     text = (path / "weights").read_text()
-    return FakePrepared("sha256:" + hashlib.sha256(text.encode()).hexdigest(), path / "image")
+    return PreparedAdapter(
+        digest="sha256:" + hashlib.sha256(text.encode()).hexdigest(),
+        image=str(path / "image"),
+        rank=8,
+        num_parameters=1234,
+        num_pages=3,
+        size_bytes=4096,
+    )
 
 
 def adapter_at(path: Path, text: str) -> str:
@@ -236,7 +233,7 @@ def listening(house: House, grace_seconds: float = 5.0) -> Iterator[str]:
 async def until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
     """Wait for `condition`, and fail if it does not come."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the condition is often in another thread
             await asyncio.sleep(0.002)
 
 

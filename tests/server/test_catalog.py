@@ -14,11 +14,12 @@ import pytest
 from motet.engine.protocol import AdapterHost
 from motet.errors import AdapterConflict, AdapterRefused, InvalidRequest, ModelNotFound
 from motet.registry.catalog import Catalog, StorageFull
+from motet.types import PreparedAdapter
 
-from .fakes import SPEC, FakeEngine, FakePrepared, adapter_at, prepare, run
+from .fakes import SPEC, FakeEngine, adapter_at, prepare, run
 
 
-def catalog(engine: FakeEngine, prepare: Callable[[Path], FakePrepared] = prepare) -> Catalog:
+def catalog(engine: FakeEngine, prepare: Callable[[Path], PreparedAdapter] = prepare) -> Catalog:
     return Catalog(SPEC, "base", "/models/fake", prepare, engine)
 
 
@@ -95,14 +96,14 @@ def test_two_names_may_share_a_digest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "../x", "a/../b", "/abs", "a//b", "a/", "./a", ".", "..", "a..b", "%2e%2e/x", "a\0b", "a b", "ä", "a\n",
-     "x" * 201, "base"],
+    ["", "../x", "a/../b", "/abs", "a//b", "a/", "./a", ".", "..", "a..b", "%2e%2e/x", "a\0b", "a b", "ä",
+     "a\n", "x" * 201, "base"],
 )  # fmt: skip
 def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
     async def scenario() -> None:
         opened: list[Path] = []
 
-        def spy(path: Path) -> FakePrepared:
+        def spy(path: Path) -> PreparedAdapter:
             opened.append(path)
             return prepare(path)
 
@@ -136,7 +137,7 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    def full(path: Path) -> FakePrepared:
+    def full(path: Path) -> PreparedAdapter:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     async def scenario() -> None:
@@ -172,8 +173,8 @@ def test_a_long_list_of_models_is_cut(tmp_path: Path) -> None:
 
 def test_an_engine_that_refuses_leaves_no_name(tmp_path: Path) -> None:
     class Refusing(FakeEngine):
-        async def register_adapter(self, digest: str, image_path: str, num_pages: int) -> None:
-            raise AdapterRefused("no")
+        async def register_adapter(self, digest: str, image: str, num_pages: int) -> None:
+            raise AdapterRefused(f"{digest} at {image} has {num_pages} pages, which is more than the pool")
 
     async def scenario() -> None:
         host = catalog(Refusing())
@@ -190,7 +191,7 @@ def test_one_name_one_load_at_a_time_and_other_names_beside_it(tmp_path: Path) -
     most: dict[str, int] = {}
     together = 0
 
-    def slow(path: Path) -> FakePrepared:
+    def slow(path: Path) -> PreparedAdapter:
         nonlocal together
         key = path.parent.name
         with lock:

@@ -175,8 +175,9 @@ def test_every_sampling_field_arrives(house: House) -> None:
         "top_logprobs": 5,
     }
     neutral = {
-        "user": "u", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "tools": [], "tool_choice": "none",
-        "response_format": {"type": "text"}, "modalities": ["text"], "parallel_tool_calls": True, "verbosity": None,
+        "user": "u", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "tools": [],
+        "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+        "parallel_tool_calls": True, "verbosity": None,
     }  # fmt: skip
     assert house.chat(**fields, **neutral).status_code == 200
     params = house.generator.calls[0][1]

@@ -55,7 +55,7 @@ def test_several_prompts_are_numbered_as_openai_does(house: House) -> None:
 
 def test_several_prompts_stream(house: House) -> None:
     chunks = events(house.complete(prompt=["a", "b"], n=2, stream=True).text)
-    texts = {index: "" for index in range(4)}
+    texts = dict.fromkeys(range(4), "")
     for chunk in chunks:
         choice = chunk["choices"][0]  # type: ignore[index]
         texts[choice["index"]] += choice["text"]

@@ -15,7 +15,7 @@ import motet.server.run
 
 from .fakes import FakeGenerator, House, build, listening, run, until
 
-PATHS = {
+PATHS: dict[str, dict[str, object]] = {
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "base", "prompt": ["a", "b"], "n": 2, "max_tokens": 400},
 }

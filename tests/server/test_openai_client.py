@@ -102,12 +102,13 @@ def test_an_error_in_a_stream(client: openai.OpenAI, served: tuple[House, str]) 
     generator.fail_after = generator.yielded + 2
     said = ""
     try:
-        with pytest.raises(openai.APIError, match="the engine fell over"):
-            for chunk in client.chat.completions.create(model="base", messages=HELLO, stream=True):
-                said += chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(model="base", messages=HELLO, stream=True):
+            said += chunk.choices[0].delta.content or ""
+    except openai.APIError as error:
+        said += f" ({error.message})"
     finally:
         generator.fail_after = None
-    assert said == "Hello"
+    assert said == "Hello (the engine fell over)"
 
 
 def test_the_asynchronous_client(served: tuple[House, str]) -> None:

@@ -68,7 +68,7 @@ def test_an_engine_that_dies_ends_every_stream() -> None:
             house.generator.alive = False
             house.generator.fail_after = 0
             for stream in streams:
-                assert '"error"' in (await stream).text
+                assert '"code":"engine_dead"' in (await stream).text
             assert (await client.get("/health")).status_code == 503
 
     with listening(house) as url:

@@ -31,7 +31,7 @@ from motet.types import FusedExperts, ModelSpec
 PREFIX = "base_model.model."
 WRAPPER = ".base_layer"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-MAX_MATCHES = 1_000_000  # patterns × modules, about a second
+MAX_MATCHING = 10_000_000  # microseconds; 10 regular expressions on 20,000 modules
 
 _FOREIGN = (
     (".lora_magnitude_vector", "a DoRA magnitude"),
@@ -158,9 +158,8 @@ def bind(tensors: Sequence[TensorInfo], spec: ModelSpec, config: LoraConfig) -> 
     not state.
     """
     pairs = pair_up(tensors)
-    patterns = len(config.ranks.keys) + len(config.alphas.keys)
-    if patterns * len(pairs) > MAX_MATCHES:
-        raise refused(f"{patterns} rank and alpha patterns for {len(pairs)} modules are too many to match")
+    if (config.ranks.cost + config.alphas.cost) * len(pairs) > MAX_MATCHING:
+        raise refused(f"too many rank and alpha patterns to match with {len(pairs)} modules")
     experts = {fused.path: fused for fused in spec.fused}
     paths = {path: index for index, site in enumerate(spec.sites) for path in site.paths}
     bindings: list[Binding] = [
@@ -179,8 +178,7 @@ def _bind_module(pair: Pair, paths: dict[str, int], spec: ModelSpec, config: Lor
     rank = pair.a.shape[0]
     _check_shape(pair.a, (rank, site.in_features), spec)
     _check_shape(pair.b, (site.out_features, rank), spec)
-    _check_rank(pair, rank, pair.path, config)
-    return ModuleBinding(index, pair.a, pair.b, config.scaling(pair.path))
+    return ModuleBinding(index, pair.a, pair.b, _scaling(pair, rank, pair.path, config))
 
 
 def _no_place(pair: Pair, spec: ModelSpec) -> str:
@@ -197,10 +195,12 @@ def _check_shape(info: TensorInfo, expected: tuple[int, int], spec: ModelSpec) -
         raise refused(f"tensor {info} has shape {list(info.shape)}, {spec.name} needs {list(expected)}")
 
 
-def _check_rank(pair: Pair, rank: int, module: str, config: LoraConfig) -> None:
+def _scaling(pair: Pair, rank: int, module: str, config: LoraConfig) -> float:
+    """The scaling of a module whose rank is the stated one."""
     stated = config.rank(module)
     if rank != stated:
         raise refused(f"tensor {pair.a} has rank {rank}, the config states {stated} for it")
+    return config.scaling(module, rank)
 
 
 def _bind_experts(
@@ -237,8 +237,8 @@ def _bind_experts(
         )
         name = f"{pair.path}.{parameter}"  # what PEFT matches patterns against
         rank = _expert_rank(pair, fused.num_experts)
-        _check_rank(pair, rank, name, config)
-        bindings.append(ExpertsBinding(sites, pair.a, pair.b, rank, transposed, config.scaling(name)))
+        scaling = _scaling(pair, rank, name, config)
+        bindings.append(ExpertsBinding(sites, pair.a, pair.b, rank, transposed, scaling))
     return bindings
 
 

@@ -137,10 +137,13 @@ def _with_names(report: AdapterReport, pairs: list[Pair], config: LoraConfig) ->
     for pair in pairs:
         kind = pair.path.rpartition(".")[2]
         if kind != "experts":
-            rows.append((kind, pair.a.shape[0], config.scaling(pair.path)))
+            rank = pair.a.shape[0]
+            rows.append((kind, rank, config.scaling(pair.path, rank)))
             continue
-        parameters = [f"{pair.path}.{parameter}" for parameter in (GATE_UP, DOWN)]
-        fused += [(kind, config.rank(name), config.scaling(name)) for name in parameters]
+        for parameter in (GATE_UP, DOWN):
+            name = f"{pair.path}.{parameter}"
+            rank = config.rank(name)
+            fused.append((kind, rank, config.scaling(name, rank)))
     modules = _modules(rows) + tuple(replace(kind, count=kind.count // 2) for kind in _modules(fused))
     return replace(report, modules=modules, layers=_numbers(_LAYER, pairs), experts=_numbers(_EXPERT, pairs))
 

@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from motet.errors import AdapterRefused
 
 MAX_PATTERN = 512
-MAX_REGEXES = 64  # patterns beyond plain module names; a plain name costs ~1 µs per module, these ~20 µs
-MAX_NESTING = 2  # PEFT's own `(.*\.)?` is 2 deep
+MAX_REGEXES = 64  # patterns beyond plain module names
+REGEX_COST = 50  # microseconds per module; a plain name takes about one
+MAX_NESTING = 2
 MAX_REPEAT = 32
 MAX_GROUPS = 16
+QUANTIFIERS = ("*", "+", "?", "{")
 
 Positions = frozenset[int]
 Step = Callable[[str, Positions], Positions]
@@ -44,6 +46,8 @@ class Patterns:
 
     keys: tuple[str, ...]
     matchers: tuple[Matcher, ...]
+    cost: int
+    """About how many microseconds a module takes that matches none."""
 
     def find(self, name: str) -> str | None:
         """The first key that PEFT would apply to the module `name`, or None."""
@@ -71,7 +75,7 @@ def compile_patterns(keys: Iterable[str], table: str) -> Patterns:
             matchers.append(_regex(key))
         except _Unsupported as error:
             raise AdapterRefused(f"{table}: pattern {key!r} is not supported: {error}") from None
-    return Patterns(names, tuple(matchers))
+    return Patterns(names, tuple(matchers), len(names) + (REGEX_COST - 1) * regexes)
 
 
 class _Unsupported(Exception):
@@ -84,12 +88,30 @@ def _plain(key: str) -> Matcher:
 
 
 def _regex(key: str) -> Matcher:
-    step = _Parser(rf"(.*\.)?({key})$").parse()
-    return lambda name: bool(step(name, frozenset([0])))
+    step = _Parser(key).parse()
+
+    def matches(name: str) -> bool:
+        dots = (i + 1 for i, c in enumerate(name) if c == ".")  # PEFT's (.*\.)? ends there
+        return len(name) in step(name, frozenset((0, *dots)))
+
+    return matches
 
 
 def _char(fits: Callable[[str], object]) -> Step:
     return lambda name, at: frozenset(i + 1 for i in at if i < len(name) and fits(name[i]))
+
+
+def _run(fits: Callable[[str], object]) -> Step:
+    """As many characters as fit, also none: the fixed point of _char in one sweep."""
+
+    def step(name: str, at: Positions) -> Positions:
+        found = set(at)
+        for i in range(min(at, default=len(name)), len(name)):
+            if i in found and fits(name[i]):
+                found.add(i + 1)
+        return frozenset(found)
+
+    return step
 
 
 def _start(name: str, at: Positions) -> Positions:  # noqa: ARG001  (a Step)
@@ -170,16 +192,29 @@ class _Parser:
         return _sequence(steps), deepest
 
     def _repetition(self) -> tuple[Step, int]:
-        step, depth = self._atom()
+        anchor = {"^": _start, "$": _end}.get(self._peek())
+        if anchor is not None:
+            self.at += 1
+            if self._bounds() is not None:
+                raise _Unsupported("repetition of an anchor")
+            return anchor, 0
+        if self._take("("):
+            (step, depth), fits = self._group(), None
+        else:
+            fits = self._one()
+            step, depth = _char(fits), 0
         bounds = self._bounds()
         if bounds is None:
             return step, depth
         self._take("?")  # lazy: the same set of matches
-        if self._peek() in ("*", "+", "?", "{"):
+        if self._peek() in QUANTIFIERS:
             raise _Unsupported("repetition of a repetition")
         if depth + 1 > MAX_NESTING:
             raise _Unsupported(f"repetitions nested more than {MAX_NESTING} deep")
-        return _repeat(step, *bounds), depth + 1
+        low, high = bounds
+        if fits is not None and high is None:
+            return _sequence([step] * low + [_run(fits)]), 1
+        return _repeat(step, low, high), depth + 1
 
     def _bounds(self) -> tuple[int, int | None] | None:
         for token, bounds in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
@@ -195,19 +230,6 @@ class _Parser:
             raise _Unsupported(f"repetition {match[0]} (at most {MAX_REPEAT} times)")
         return low, high
 
-    def _atom(self) -> tuple[Step, int]:
-        if self._take("("):
-            return self._group()
-        if self._take("^"):
-            return _start, 0
-        if self._take("$"):
-            return _end, 0
-        if self._take("."):
-            return _char(lambda c: c != "\n"), 0
-        if self._peek() in ("*", "+", "?", "{"):
-            raise _Unsupported(f"nothing to repeat at {self._peek()!r}")
-        return _char(self._one()), 0
-
     def _group(self) -> tuple[Step, int]:
         self.groups += 1
         if self.groups > MAX_GROUPS:
@@ -220,7 +242,11 @@ class _Parser:
         return inner
 
     def _one(self) -> Callable[[str], object]:
-        """The test for a literal, an escape or a class."""
+        """The test for a literal, the dot, an escape or a class."""
+        if self._peek() in QUANTIFIERS:
+            raise _Unsupported(f"nothing to repeat at {self._peek()!r}")
+        if self._take("."):
+            return "\n".__ne__
         if self._peek() == "[":
             return self._class()
         if not self._take("\\"):

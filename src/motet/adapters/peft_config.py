@@ -104,11 +104,10 @@ class LoraConfig:
         key = self.ranks.find(module)
         return self.r if key is None else self.rank_values[key]
 
-    def scaling(self, module: str) -> float:
-        """The factor on B·A for the module or parameter of this name. AdapterRefused if not a float32."""
+    def scaling(self, module: str, rank: int) -> float:
+        """The factor on B·A for a module or parameter. AdapterRefused if it is beyond float32."""
         key = self.alphas.find(module)
         alpha = self.alpha if key is None else self.alpha_values[key]
-        rank = self.rank(module)
         scaling = alpha / math.sqrt(rank) if self.rslora else alpha / rank
         if abs(scaling) > np.finfo(np.float32).max:
             raise refused(f"{module}: scaling {scaling:g} does not fit a float32")

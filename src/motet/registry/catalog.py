@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import re
 import time
 from collections.abc import Callable
@@ -18,35 +17,18 @@ from typing import Protocol
 from weakref import WeakValueDictionary
 
 from motet.errors import AdapterConflict, AdapterRefused, InvalidRequest, ModelNotFound, MotetError
-from motet.types import AdapterRecord, ModelSpec
+from motet.types import AdapterRecord, ModelSpec, PreparedAdapter
 
 _NAME = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
 _LISTED = 50  # names in a "not found" message
 
 
-class Prepared(Protocol):
-    """An adapter that was validated, digested and packed: what AdapterRecord has from its files."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def image(self) -> str | os.PathLike[str]: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def num_parameters(self) -> int: ...
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def num_pages(self) -> int: ...
-
-
 class AdapterEngine(Protocol):
     """The engine's side of a digest: where its image lies, and that no name needs it any more."""
 
-    async def register_adapter(self, digest: str, image_path: str, num_pages: int) -> None: ...
+    async def register_adapter(self, digest: str, image: str, num_pages: int, /) -> None: ...
 
-    async def forget_adapter(self, digest: str) -> None:
+    async def forget_adapter(self, digest: str, /) -> None:
         """Drop the digest once the last request on it has finished."""
         ...
 
@@ -66,9 +48,10 @@ class Catalog:
         spec: ModelSpec,
         base: str,
         root: str,
-        prepare: Callable[[Path], Prepared],
+        prepare: Callable[[Path], PreparedAdapter],
         engine: AdapterEngine,
     ) -> None:
+        """`root` is the base model's path as given; `prepare` runs in a thread, on the path of each load."""
         self.spec = spec
         self.base = base
         self.root = root
@@ -94,8 +77,7 @@ class Catalog:
         return record
 
     async def load(self, name: str, path: str, *, replace: bool = False) -> AdapterRecord:
-        """Serve the adapter at `path` as `name`; with `replace`, move the name from the digest that it has
-        now.
+        """Serve the adapter at `path` as `name`; with `replace`, move the name from the digest it has.
 
         Loading the digest that the name already has changes nothing. Raises InvalidRequest for a bad name,
         AdapterRefused for bad files, AdapterConflict when the name has another digest and `replace` is false.
@@ -118,7 +100,7 @@ class Catalog:
             return record
 
     async def unload(self, name: str) -> AdapterRecord:
-        """Stop serving `name`; requests in flight finish. Raises ModelNotFound, and InvalidRequest for the base."""
+        """Stop serving `name`; work in flight finishes. Raises ModelNotFound; InvalidRequest for the base."""
         if name == self.base:
             raise InvalidRequest(f"{name!r} is the base model and cannot be unloaded", "lora_name")
         async with self._names.hold(name):
@@ -128,7 +110,7 @@ class Catalog:
             await self._drop(record.digest)
             return record
 
-    async def _prepared(self, path: str) -> Prepared:
+    async def _prepared(self, path: str) -> PreparedAdapter:
         """Validate, digest and pack the files off the event loop."""
         try:
             return await asyncio.to_thread(self._prepare, Path(path))
@@ -139,13 +121,13 @@ class Catalog:
                 raise StorageFull(f"no space left to pack adapter {path!r}") from error
             raise
 
-    async def _point(self, name: str, path: str, prepared: Prepared) -> AdapterRecord:
+    async def _point(self, name: str, path: str, prepared: PreparedAdapter) -> AdapterRecord:
         digest = prepared.digest
         record = AdapterRecord(
             name=name,
             digest=digest,
             source=path,
-            image=os.fspath(prepared.image),
+            image=prepared.image,
             rank=prepared.rank,
             num_parameters=prepared.num_parameters,
             size_bytes=prepared.size_bytes,

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = "X-Request-Id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/@+=-]{1,128}")
 
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""What monitors ask every few seconds; logged only at DEBUG."""
+
 
 class Envelope:
     """ASGI middleware. A client's request id is kept when it is a plain word; otherwise one is drawn."""
@@ -61,7 +64,8 @@ class Envelope:
         finally:
             fields = {"request_id": request_id, "model": state.get("model", "-"), "status": status}
             took = (time.perf_counter() - arrival) * 1e3
-            logger.info("%s %s %.1f ms", scope["method"], scope["path"][:200], took, extra=fields)
+            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            logger.log(level, "%s %s %.1f ms", scope["method"], scope["path"][:200], took, extra=fields)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

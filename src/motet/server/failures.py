@@ -108,7 +108,7 @@ def handlers(metrics: Metrics) -> dict[int | type[Exception], Handler]:
 
     async def on_motet_error(request: Request, failure: MotetError) -> Response:
         record(request, failure.code)
-        if failure.status >= 500:
+        if failure.status >= 500 and not isinstance(failure, Unavailable):
             logger.warning("%s: %s", failure.code, failure)
         return response_to(failure)
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import TypeVar, cast
+from typing import cast
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from motet.engine.protocol import Generator
-from motet.errors import MotetError
+from motet.errors import EngineDead, MotetError
 from motet.observe.metrics import Meter, Metrics
 from motet.server.answers import Gathered, Tally, Writer
 from motet.server.failures import GenerationFailed, body_of
@@ -29,20 +29,20 @@ from motet.server.openai import Answer
 from motet.types import Delta
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 _MERGED_DELTAS = 32  # that several prompts of one request may be ahead of their reader
 
 
 async def deltas_of(
     job: Job, generator: Generator, meter: Meter, tally: Tally
 ) -> AsyncGenerator[Delta, None]:
-    """The deltas of all prompts of a job, counted. Raises GenerationFailed if one ends with an error."""
+    """The deltas of all prompts of a job, counted. Raises a MotetError if one ends with an error."""
     outcome = "error"
     try:
         async with _closing(_start(job, generator)) as deltas:
             async for delta in deltas:
                 if delta.finish in ("error", "abort"):
-                    raise GenerationFailed(delta.error or "the request was aborted")
+                    failure = GenerationFailed if generator.alive else EngineDead
+                    raise failure(delta.error or "the request was aborted")
                 outcome = delta.finish or outcome
                 meter.delta(delta)
                 tally.add(delta)

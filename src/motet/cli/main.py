@@ -1,0 +1,169 @@
+"""The command line: parsing and printing only."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from motet.errors import ConfigError, MotetError
+
+app = typer.Typer(
+    help="Motet serves many LoRA fine-tunes of one base model from one process, mixed in one batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+adapters_app = typer.Typer(help="Look into adapters.", no_args_is_help=True)
+app.add_typer(adapters_app, name="adapters")
+
+DEMO_ADAPTERS = Path(__file__).parents[3] / "examples" / "adapters"
+Model = Annotated[
+    str, typer.Argument(help="Model directory or Hugging Face hub id; 'embedded' is the small model that Motet fetches.")
+]
+Adapters = Annotated[
+    list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Serve a PEFT LoRA directory; repeatable.")
+]
+
+
+@app.command()
+def serve(
+    model: Model = "embedded",
+    adapter: Adapters = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with [engine], [server] and [adapters]; options here win.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one. [default: 8000]")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The base model's name in the API. [default: the directory's name]")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="Memory for KV cache and adapters together, such as 2GiB. [default: 1GiB]")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer together. [default: the model's]")
+    ] = None,
+    max_running: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 64]")] = None,
+    max_step_tokens: Annotated[
+        int | None, typer.Option(help="Tokens computed in one step; longer prompts are cut in chunks. [default: 512]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all cores]")] = None,
+    demo_adapters: Annotated[bool, typer.Option("--demo-adapters", help="Also serve the three demo adapters.")] = False,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per log line.")] = False,
+) -> None:
+    """Serve MODEL and its adapters over an OpenAI-compatible API.
+
+    A request's `model` names the base or an adapter. Adapters can be added and removed while serving:
+    POST /v1/load_lora_adapter {"lora_name": ..., "lora_path": ...} and /v1/unload_lora_adapter.
+
+    Example: motet serve embedded --adapter support=./support --adapter legal=./legal
+    """
+    from motet.cli.service import run_server
+    from motet.cli.settings import parse_size, read_settings
+
+    demo = [f"{name}={path}" for name, path in demo_paths().items()] if demo_adapters else []
+    settings = read_settings(
+        config,
+        {
+            "model": model,
+            "pool_bytes": parse_size(pool) if pool else None,
+            "max_model_len": max_model_len,
+            "max_running": max_running,
+            "max_step_tokens": max_step_tokens,
+            "threads": threads,
+        },
+        {"host": host, "port": port, "served_model_name": served_model_name},
+        [*demo, *(adapter or [])],
+    )
+    console = Console(stderr=True)
+
+    def serving(url: str, _stop: object) -> None:
+        names = ", ".join(settings.server.adapters) or "none"
+        console.print(f"serving on [bold]{url}/v1[/bold]; adapters: {names}; Ctrl-C stops")
+
+    asyncio.run(run_server(settings, console, serving, json_logs))
+
+
+@app.command()
+def demo(
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+) -> None:
+    """Serve the embedded Mixture-of-Experts model with three fine-tunes and compare their answers to the base's.
+
+    Starts the real server on a free port, sends one concurrent batch over HTTP, prints the answers side by side
+    with time to first token and tokens per second, and stops.
+    """
+    from motet.cli.demo import run_demo
+
+    run_demo(Console(), demo_paths(), max_tokens)
+
+
+@app.command()
+def complete(
+    prompt: Annotated[str, typer.Argument(help="The user's message, or with --raw the text to continue.")],
+    model: Annotated[str, typer.Option(help="Model directory or hub id.")] = "embedded",
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT LoRA directory to answer with.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+) -> None:
+    """Answer one prompt in this process, without a server."""
+    from motet.cli.service import model_directory
+    from motet.llm import LLM
+    from motet.types import SamplingParams
+
+    console = Console(stderr=True)
+    directory = model_directory(model, console)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    adapters = {"it": str(adapter)} if adapter else {}
+    with console.status("loading the model"):
+        llm = LLM(str(directory), adapters)
+    with llm:
+        tokens: str | list[int] = prompt if raw else llm.encode_chat([{"role": "user", "content": prompt}])
+        print(llm.complete(tokens, params, "it" if adapter else None).text)
+
+
+@adapters_app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A PEFT LoRA directory.")],
+    model: Annotated[str | None, typer.Option(help="Check it against this model; 'embedded' is Motet's own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say what is inside an adapter: ranks by module, layers, size, digest; and whether it would bind, or why not.
+
+    Exits with 1 if it would not.
+    """
+    from motet.cli.inspect import print_report
+    from motet.cli.service import model_directory
+    from motet.models.registry import load_spec
+
+    spec = load_spec(model_directory(model, Console(stderr=True))) if model else None
+    if not print_report(Console(), path, spec, as_json):
+        raise typer.Exit(1)
+
+
+def demo_paths() -> dict[str, str]:
+    """The three adapters that come with a checkout of the repository."""
+    found = {folder.name: str(folder) for folder in sorted(DEMO_ADAPTERS.glob("*/")) if folder.is_dir()}
+    if not found:
+        raise ConfigError(f"the demo adapters are part of the repository and {DEMO_ADAPTERS} is not there")
+    return found
+
+
+def main() -> None:
+    """Entry point: an error that is meant for the user is one line on stderr and exit status 1."""
+    try:
+        app()
+    except MotetError as error:
+        print(f"motet: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""One file and the command line → frozen configuration. The command line wins; unknown keys fail by name."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from motet.config import EngineConfig, ServerConfig
+from motet.errors import ConfigError
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What `motet serve` runs with."""
+
+    engine: EngineConfig
+    server: ServerConfig
+
+
+def read_settings(
+    file: Path | None, engine: Mapping[str, Any], server: Mapping[str, Any], adapters: Sequence[str]
+) -> Settings:
+    """Merge `motet.toml` (tables [engine], [server], [adapters]) with the options given; None means not given.
+
+    Raises ConfigError naming the file and the key at fault.
+    """
+    tables = _read(file) if file is not None else {}
+    unknown = set(tables) - {"engine", "server", "adapters"}
+    if unknown:
+        raise ConfigError(f"{file}: unknown table [{sorted(unknown)[0]}]; there are [engine], [server] and [adapters]")
+    named = {**tables.get("adapters", {}), **dict(map(split_adapter, adapters))}
+    merged = {
+        "engine": {**tables.get("engine", {}), **_given(engine)},
+        "server": {**tables.get("server", {}), **_given(server), "adapters": named},
+    }
+    try:
+        return msgspec.convert(merged, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file or 'options'}: {error}") from error
+
+
+def split_adapter(option: str) -> tuple[str, str]:
+    """NAME=PATH to its two halves."""
+    name, equals, path = option.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"--adapter takes NAME=PATH, got {option!r}")
+    return name, path
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '512MiB', '2GiB', '1.5g' or a plain number."""
+    units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    body = text.strip().lower().removesuffix("ib").removesuffix("b")
+    number, unit = (body[:-1], body[-1]) if body[-1:] in "kmgt" and body else (body, "")
+    try:
+        size = int(float(number) * units[unit])
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a size; write 512MiB, 2GiB or a number of bytes") from None
+    if size <= 0:
+        raise ConfigError(f"a size must be positive, got {text!r}")
+    return size
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error

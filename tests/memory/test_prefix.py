@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from motet.memory.pages import PageAllocator
+from motet.memory.prefix import KEY_BYTES, PrefixIndex, extend_keys
+
+
+def keys_of(adapter: str, tokens: list[int], page_tokens: int = 3) -> list[bytes]:
+    keys: list[bytes] = []
+    extend_keys(keys, adapter, tokens, page_tokens)
+    return keys
+
+
+@pytest.fixture
+def pages() -> PageAllocator:
+    return PageAllocator(11)
+
+
+@pytest.fixture
+def index(pages: PageAllocator) -> PrefixIndex:
+    return PrefixIndex(pages)
+
+
+def compute(index: PrefixIndex, pages: PageAllocator, keys: list[bytes]) -> tuple[int, ...]:
+    """A sequence computes these blocks in pages of its own."""
+    table = pages.alloc(len(keys), "kv")
+    for key, page in zip(keys, table, strict=True):
+        index.insert(key, page)
+    index.check_integrity()
+    return table
+
+
+# Keys
+
+
+@pytest.mark.parametrize(("length", "blocks"), [(0, 0), (2, 0), (3, 1), (5, 1), (6, 2), (7, 2)])
+def test_only_full_blocks_have_keys(length: int, blocks: int) -> None:
+    assert len(keys_of("a", list(range(length)))) == blocks
+
+
+def test_keys_grow_with_the_tokens_and_are_never_hashed_again() -> None:
+    tokens = list(range(20))
+    keys: list[bytes] = []
+    for length in (0, 4, 9, 10, 20):
+        extend_keys(keys, "a", tokens[:length], 3)
+    assert keys == keys_of("a", tokens)
+    extend_keys(keys, "a", tokens, 3)
+    assert len(keys) == 6
+    marked = [b"known"]
+    extend_keys(marked, "a", tokens, 3)
+    assert marked[0] == b"known"
+
+
+def test_equal_blocks_have_equal_keys_only_after_equal_histories() -> None:
+    block = [1, 2, 3]
+    adapters = ["", "a", "b"]
+    all_keys = [key for adapter in adapters for key in keys_of(adapter, [*block, *block, *block])]
+    all_keys += keys_of("a", [3, 2, 1, *block])
+    all_keys += keys_of("a", [1, 2, 2**40, *block])
+    assert len(set(all_keys)) == 13
+    assert all(len(key) == KEY_BYTES for key in all_keys)
+
+
+# The index
+
+
+def test_match_finds_the_longest_run_from_the_start(index: PrefixIndex, pages: PageAllocator) -> None:
+    tokens = list(range(9))
+    table = compute(index, pages, keys_of("a", tokens))
+    assert index.match(keys_of("a", tokens)) == table
+    assert index.match(keys_of("a", [*tokens[:6], 99, 99, 99])) == table[:2]
+    assert index.match(keys_of("a", [99, 99, 99, *tokens[3:]])) == ()
+    assert index.match([]) == ()
+
+
+def test_nothing_is_shared_between_adapters_or_with_the_base(
+    index: PrefixIndex, pages: PageAllocator
+) -> None:
+    tokens = list(range(9))
+    compute(index, pages, keys_of("a", tokens))
+    assert index.match(keys_of("b", tokens)) == ()
+    assert index.match(keys_of("", tokens)) == ()
+
+
+def test_indexed_pages_stay_when_released_and_others_become_free(
+    index: PrefixIndex, pages: PageAllocator
+) -> None:
+    table = compute(index, pages, keys_of("a", list(range(6))))
+    tail = pages.alloc(1, "kv")
+    index.release(table + tail, now=1.0)
+    index.check_integrity()
+    assert (pages.held("kv"), pages.held("cached"), pages.free) == (0, 2, 9)
+    assert all(map(index.is_idle, table))
+
+
+def test_a_shared_page_is_idle_after_its_last_user(index: PrefixIndex, pages: PageAllocator) -> None:
+    keys = keys_of("a", list(range(6)))
+    table = compute(index, pages, keys)
+    index.share(table)
+    index.release(table, now=1.0)
+    assert pages.held("cached") == 0
+    index.release(table, now=2.0)
+    assert pages.held("cached") == 2
+    index.share(index.match(keys))
+    index.check_integrity()
+    assert (pages.held("kv"), pages.held("cached")) == (2, 0)
+    assert not any(map(index.is_idle, table))
+
+
+def test_match_changes_nothing(index: PrefixIndex, pages: PageAllocator) -> None:
+    keys = keys_of("a", list(range(6)))
+    index.release(compute(index, pages, keys), now=1.0)
+    before = list(index.idle())
+    index.match(keys)
+    assert list(index.idle()) == before
+
+
+def test_the_least_recently_used_goes_first_and_the_tail_of_a_chain_before_its_head(
+    index: PrefixIndex, pages: PageAllocator
+) -> None:
+    old_keys, new_keys = keys_of("a", list(range(9))), keys_of("b", list(range(6)))
+    old, new = compute(index, pages, old_keys), compute(index, pages, new_keys)
+    index.release(old, now=1.0)
+    index.release(new, now=2.0)
+    assert list(index.idle()) == [*((page, 1.0) for page in old[::-1]), *((page, 2.0) for page in new[::-1])]
+    index.evict(2)
+    index.check_integrity()
+    assert index.match(old_keys) == old[:1]
+    assert index.match(new_keys) == new
+    index.share(old[:1])
+    index.release(old[:1], now=3.0)
+    index.evict(2)
+    assert index.match(old_keys) == old[:1]
+    assert index.match(new_keys) == ()
+    assert pages.free == 10
+
+
+def test_of_two_equal_blocks_the_first_is_known_and_the_other_free_when_released(
+    index: PrefixIndex, pages: PageAllocator
+) -> None:
+    keys = keys_of("a", list(range(3)))
+    first, second = compute(index, pages, keys), compute(index, pages, keys)
+    assert index.match(keys) == first
+    index.release(second, now=1.0)
+    assert pages.free == 10
+    assert index.match(keys) == first
+
+
+def test_a_page_cannot_hold_two_blocks(index: PrefixIndex, pages: PageAllocator) -> None:
+    keys = keys_of("a", list(range(6)))
+    table = compute(index, pages, keys[:1])
+    with pytest.raises(AssertionError, match="indexed already"):
+        index.insert(keys[1], table[0])
+
+
+def test_random_use_never_returns_a_page_of_other_tokens(index: PrefixIndex, pages: PageAllocator) -> None:
+    rng = random.Random(7)
+    content: dict[int, bytes] = {}
+    in_use: list[tuple[int, ...]] = []
+    hits = 0
+    for now in range(2000):
+        keys = keys_of(rng.choice(["", "a"]), [rng.randrange(2) for _ in range(rng.randrange(13))])
+        hit = index.match(keys)
+        hits += len(hit)
+        assert [content[page] for page in hit] == keys[: len(hit)]
+        needed = len(keys) - len(hit)
+        spare = pages.free + sum(page not in hit for page, _ in index.idle())
+        if needed <= spare:
+            index.share(hit)
+            index.evict(max(0, needed - pages.free))
+            fresh = pages.alloc(needed, "kv")
+            for key, page in zip(keys[len(hit) :], fresh, strict=True):
+                index.insert(key, page)
+                content[page] = key
+            in_use.append(hit + fresh)
+        if in_use and (needed > spare or rng.random() < 0.4):
+            index.release(in_use.pop(rng.randrange(len(in_use))), float(now))
+        index.check_integrity()
+        pages.check_integrity()
+    assert hits > 500
