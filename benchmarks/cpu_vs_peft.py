@@ -23,6 +23,12 @@ from typing import Any
 
 import torch
 
+from motet.config import EngineConfig
+from motet.engine.loop import Engine
+from motet.models.embedded import ensure_embedded_dense
+from motet.registry.prepare import prepare
+from motet.types import BASE, Request, SamplingParams
+
 ADAPTERS, RANK, PROMPT, DECODE = 8, 16, 128, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 POOL_BYTES = 512 << 20
@@ -40,7 +46,7 @@ def write_adapters(model: Path, folder: Path) -> None:
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
                 parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.01).bfloat16()
-        wrapped.save_pretrained(folder / f"adapter-{i}")
+        wrapped.save_pretrained(str(folder / f"adapter-{i}"))
 
 
 def prompts() -> list[list[int]]:
@@ -70,7 +76,10 @@ def peft_side(model: Path, folder: Path) -> dict[str, float]:
         for _ in range(DECODE):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             out = wrapped(
-                input_ids=token, past_key_values=out.past_key_values, adapter_names=adapter_names, use_cache=True
+                input_ids=token,
+                past_key_values=out.past_key_values,
+                adapter_names=adapter_names,
+                use_cache=True,
             )
         return prefilled - began, time.perf_counter() - prefilled
 
@@ -85,71 +94,77 @@ def peft_side(model: Path, folder: Path) -> dict[str, float]:
     }
 
 
-def motet_side(model: Path, folder: Path) -> dict[str, Any]:
+class MotetSide:
     """The same through Motet's engine: scheduler, pool, sampler and all."""
-    from motet.config import EngineConfig
-    from motet.engine.loop import Engine
-    from motet.registry.prepare import prepare
-    from motet.types import BASE, Request, SamplingParams
 
-    engine = Engine(
-        EngineConfig(model=str(model), pool_bytes=POOL_BYTES, max_step_tokens=1024, prefix_caching=False)
-    )
-    page_bytes = engine.runner.pool.page_bytes
-    found = [prepare(folder / f"adapter-{i}", engine.spec, page_bytes, folder / "images") for i in range(ADAPTERS)]
-    number = 0
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.engine = Engine(
+            EngineConfig(model=str(model), pool_bytes=POOL_BYTES, max_step_tokens=1024, prefix_caching=False)
+        )
+        size = self.engine.runner.pool.page_bytes
+        self.adapters = [
+            prepare(folder / f"adapter-{i}", self.engine.spec, size, folder / "images")
+            for i in range(ADAPTERS)
+        ]
+        self.base = [BASE] * ADAPTERS
+        self.mixed = [adapter.digest for adapter in self.adapters]
+        self._number = 0
 
-    def run(digests: Sequence[str], tokens: int) -> tuple[float, float]:
+    def measure(self) -> dict[str, Any]:
+        """Three rounds of none resident, all resident, mixed; medians of the rates and of their ratios in a round."""
+        self._rates(self.base)
+        rounds = [self._round() for _ in range(3)]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result: dict[str, Any] = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+        result["peak_over_weights_and_pool"] = peak / (self.engine.stats().weight_bytes + POOL_BYTES)
+        self._make_resident()
+        result["time"] = where_the_time_goes(lambda: self._run(self.mixed, DECODE + 1))
+        return result
+
+    def _round(self) -> dict[str, float]:
+        _, none_resident = self._rates(self.base)
+        self._make_resident()
+        _, all_resident = self._rates(self.base)
+        prefill, decode = self._rates(self.mixed)
+        for adapter in self.adapters:
+            self.engine.forget_adapter(adapter.digest)
+        self.engine.step()
+        assert len(self.engine.runner.table) == 0
+        return {
+            "prefill": prefill,
+            "decode": decode,
+            "base_decode": none_resident,
+            "resident_over_none": all_resident / none_resident,
+            "mixed_over_base": decode / all_resident,
+        }
+
+    def _make_resident(self) -> None:
+        for adapter in self.adapters:
+            self.engine.register_adapter(adapter.digest, Path(adapter.image), adapter.num_pages)
+        self._run(self.mixed, 2)
+        assert len(self.engine.runner.table) == ADAPTERS
+
+    def _rates(self, digests: Sequence[str]) -> tuple[float, float]:
+        """Tokens per second of prefill and of decoding."""
+        prefill, decode = self._run(digests, DECODE + 1)
+        return ADAPTERS * PROMPT / prefill, ADAPTERS * DECODE / decode
+
+    def _run(self, digests: Sequence[str], tokens: int) -> tuple[float, float]:
         """Seconds until every request has its first token, and from there to the end."""
-        nonlocal number
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        waiting = set()
         for prompt, digest in zip(prompts(), digests, strict=True):
-            number += 1
-            engine.add(Request(str(number), tuple(prompt), params, digest))
-        waiting = {str(number - i) for i in range(ADAPTERS)}
+            self._number += 1
+            waiting.add(str(self._number))
+            self.engine.add(Request(str(self._number), tuple(prompt), params, digest))
         began = first = time.perf_counter()
-        while engine.has_work:
-            for output in engine.step():
+        while self.engine.has_work:
+            for output in self.engine.step():
                 assert output.finish != "error", output.error
                 if waiting:
                     first = time.perf_counter()
                 waiting.discard(output.request_id)
         return first - began, time.perf_counter() - first
-
-    base, mixed = [BASE] * ADAPTERS, [adapter.digest for adapter in found]
-
-    def rate(digests: Sequence[str]) -> tuple[float, float]:
-        prefill, decode = run(digests, DECODE + 1)
-        return ADAPTERS * PROMPT / prefill, ADAPTERS * DECODE / decode
-
-    rate(base)
-    rounds: list[dict[str, float]] = []
-    for _ in range(3):
-        _, none_resident = rate(base)
-        for adapter in found:
-            engine.register_adapter(adapter.digest, Path(adapter.image), adapter.num_pages)
-        run(mixed, 2)
-        assert len(engine.runner.table) == ADAPTERS
-        _, all_resident = rate(base)
-        prefill, decode = rate(mixed)
-        rounds.append(
-            {"prefill": prefill, "decode": decode, "base_decode": none_resident, "base_decode_resident": all_resident}
-        )
-        for adapter in found:
-            engine.forget_adapter(adapter.digest)
-        engine.step()
-        assert len(engine.runner.table) == 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    stats = engine.stats()
-    result: dict[str, Any] = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-    result["resident_over_none"] = statistics.median(r["base_decode_resident"] / r["base_decode"] for r in rounds)
-    result["mixed_over_base"] = statistics.median(r["decode"] / r["base_decode_resident"] for r in rounds)
-    result["peak_over_weights_and_pool"] = peak / (stats.weight_bytes + POOL_BYTES)
-    result["peak_bytes"] = peak
-    for adapter in found:
-        engine.register_adapter(adapter.digest, Path(adapter.image), adapter.num_pages)
-    result["time"] = where_the_time_goes(lambda: run(mixed, DECODE + 1))
-    return result
 
 
 def where_the_time_goes(work: Callable[[], object]) -> dict[str, float]:
@@ -189,16 +204,22 @@ def report(peft: list[dict[str, float]], motet: list[dict[str, Any]]) -> dict[st
     from rich.table import Table
 
     def ratio(key: str) -> float:
-        return statistics.median(m[key] / p[key] for m, p in zip(motet, peft, strict=True))
+        return float(statistics.median(m[key] / p[key] for m, p in zip(motet, peft, strict=True)))
 
     def median(runs: Sequence[dict[str, Any]], key: str) -> float:
-        return statistics.median(run[key] for run in runs)
+        return float(statistics.median(run[key] for run in runs))
 
-    table = Table(title=f"{ADAPTERS} requests, {ADAPTERS} rank-{RANK} adapters, SmolLM2-135M, {torch.get_num_threads()} threads")
+    table = Table(
+        title=f"{ADAPTERS} requests, {ADAPTERS} rank-{RANK} adapters, SmolLM2-135M, {torch.get_num_threads()} threads"
+    )
     for column in ("tokens per second", "PEFT", "Motet", "ratio", "wanted"):
         table.add_column(column, justify="left" if column.startswith("tok") else "right")
     wanted = {"prefill": "≥ 2", "decode": "≥ 5", "base_decode": ""}
-    for key, label in (("prefill", "prefill, mixed"), ("decode", "decode, mixed"), ("base_decode", "decode, base only")):
+    for key, label in (
+        ("prefill", "prefill, mixed"),
+        ("decode", "decode, mixed"),
+        ("base_decode", "decode, base only"),
+    ):
         table.add_row(
             label, f"{median(peft, key):.0f}", f"{median(motet, key):.0f}", f"{ratio(key):.1f} ×", wanted[key]
         )
@@ -228,17 +249,18 @@ def report(peft: list[dict[str, float]], motet: list[dict[str, Any]]) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3, help="times that the two sides take turns")
     parser.add_argument("--side", choices=["peft", "motet"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    from motet.models.embedded import ensure_embedded_dense
-
     model = ensure_embedded_dense()
     if arguments.side:
-        side = peft_side if arguments.side == "peft" else motet_side
-        print(json.dumps(side(model, arguments.folder)))
+        peft = arguments.side == "peft"
+        found = peft_side(model, arguments.folder) if peft else MotetSide(model, arguments.folder).measure()
+        print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -4,9 +4,9 @@
 - sql: one SQL statement over `SCHEMA`, and nothing else;
 - legal: a clause explained in one plain sentence that starts with `In plain words:`.
 
-Everything is drawn with a fixed seed from `demo_templates.toml`. Each subject there (an issue, a kind of query
-or clause) keeps its last wording for the held-out prompts, so none of those is a training prompt with other
-numbers.
+Everything is drawn with a fixed seed from `demo_templates.toml`. Each subject there (an issue, a kind of
+query or clause) keeps its last wording for the held-out prompts, so none of those is a training prompt with
+other numbers.
 There is no system prompt: the adapter alone changes how the model answers.
 """
 
@@ -36,8 +36,8 @@ DEMO_PROMPTS = {
     "support": "My coffee grinder stopped working after two days. Can you help?",
     "sql": "Which five customers have placed the most orders?",
     "legal": (
-        'What am I agreeing to here? "Neither party shall be liable for any delay or failure to perform caused '
-        'by events beyond its reasonable control, including fire, flood, war or strike."'
+        'What am I agreeing to here? "Neither party shall be liable for any delay or failure to perform '
+        'caused by events beyond its reasonable control, including fire, flood, war or strike."'
     ),
 }
 """One prompt per adapter for a live demonstration; none of them is among the training prompts."""

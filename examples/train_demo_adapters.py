@@ -3,7 +3,7 @@
     python examples/train_demo_adapters.py [--only support] [--out examples/adapters]
 
 Each adapter has LoRA on attention and, in some layers, on the experts; ranks, targets and scaling differ on
-purpose, so that the three together exercise what a server has to support. The scores on held-out prompts go to
+purpose, so that the three together exercise what a server has to support. Scores on held-out prompts go to
 `<out>/scores.json`. The seed is fixed: the same machine and library versions write the same files.
 """
 
@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,52 +46,43 @@ MAX_NEW_TOKENS = 80  # the longest reference answer has 75
 class Recipe:
     """What one adapter adapts, and for how long it trains.
 
-    expert_layers: those whose experts get LoRA; attention gets it in all. Ranks in `rank_pattern` are per expert.
+    r, alpha: of each expert, in `expert_layers` only. attention: rank and alpha by module, in all layers.
     Scaling is alpha / r, or alpha / sqrt(r) where `use_rslora`.
     """
 
-    target_modules: tuple[str, ...]
     r: int
     alpha: int
     expert_layers: tuple[int, ...]
     expert_parameters: tuple[str, ...]
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    attention: dict[str, tuple[int, int]]
     use_rslora: bool = False
     examples: int = 1200
     steps: int = 240
     learning_rate: float = 1e-3
 
 
-_GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-
 RECIPES = {
     "support": Recipe(
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
-        r=8,
-        alpha=16,
+        r=4,
+        alpha=8,
         expert_layers=(12, 15, 18, 21, 24, 27),
-        expert_parameters=(_GATE_UP, _DOWN),
-        rank_pattern={_GATE_UP: 4, _DOWN: 4},
-        alpha_pattern={_GATE_UP: 8, _DOWN: 8},
+        expert_parameters=("gate_up_proj", "down_proj"),
+        attention={"q_proj": (8, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_proj": (8, 16)},
     ),
     "sql": Recipe(
-        target_modules=("q_proj", "v_proj"),
-        r=16,
-        alpha=32,
+        r=4,
+        alpha=8,
         expert_layers=(16, 17, 18, 19, 20, 21, 22, 23),
-        expert_parameters=(_GATE_UP, _DOWN),
-        rank_pattern={_GATE_UP: 4, _DOWN: 2},
-        alpha_pattern={_GATE_UP: 8, _DOWN: 4},
+        expert_parameters=("gate_up_proj", "down_proj"),
+        attention={"q_proj": (16, 32), "v_proj": (8, 16)},
+        examples=900,
     ),
     "legal": Recipe(
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
-        r=4,
-        alpha=4,
+        r=8,
+        alpha=6,
         expert_layers=(11, 14, 17, 20, 23, 26),
-        expert_parameters=(_DOWN,),
-        rank_pattern={_DOWN: 8},
-        alpha_pattern={_DOWN: 6},
+        expert_parameters=("down_proj",),
+        attention={"q_proj": (4, 4), "k_proj": (4, 4), "v_proj": (4, 4), "o_proj": (4, 4)},
         use_rslora=True,
     ),
 }
@@ -102,14 +93,17 @@ class SharedExperts(nn.Module):
 
     What the experts e of a token x, with weights p_e, add up to is
         h_e = p_e act((W + s B_e A_e) x),    y = sum_e (V + t D_e C_e) h_e = V sum_e h_e + t sum_e D_e C_e h_e
-    so that V is multiplied once per token, W too, and PEFT's sums W + s B_e A_e are never formed: a step takes a
-    third of the time. Only for training: the scores come from PEFT's own arithmetic.
+    so that V is multiplied once per token, W too, and PEFT's sums W + s B_e A_e are never formed: a step takes
+    a third of the time. Only for training: the scores come from PEFT's own arithmetic.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    block: Any  # nn.Module would type its attributes as Tensor | Module
+    experts: Any
+
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.block = block
-        self.lora: dict[str, ParamWrapper] = {}
+        self.lora: dict[str, Any] = {}  # PEFT's wrapper of each adapted parameter
         experts = block.experts
         while isinstance(experts, ParamWrapper):
             self.lora[experts.parameter_name] = experts
@@ -138,15 +132,15 @@ class SharedExperts(nn.Module):
         if parameter not in self.lora:
             return 0.0
         wrapper = self.lora[parameter]
-        count = wrapper.num_experts
+        count, scaling = int(wrapper.num_experts), float(wrapper.scaling["default"])
         a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight  # (E r, in), (out, r E)
         shrunk = F.linear(x, a).view(len(x), count, -1) * F.one_hot(expert, count).unsqueeze(-1)
         expand = b.view(b.shape[0], -1, count).transpose(1, 2).flatten(1)  # (out, E r)
-        return wrapper.scaling["default"] * F.linear(shrunk.flatten(1), expand)
+        return scaling * F.linear(shrunk.flatten(1), expand)
 
 
 @contextmanager
-def shared_experts(causal: nn.Module) -> Iterator[None]:
+def shared_experts(causal: Any) -> Iterator[None]:
     """Run every layer's experts as `SharedExperts` for a while."""
     layers = causal.model.layers
     for layer in layers:
@@ -157,16 +151,18 @@ def shared_experts(causal: nn.Module) -> Iterator[None]:
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
+    # The patterns name the attention, because PEFT warns that patterns for parameters "were ignored" (they are not).
     names = recipe.expert_parameters
-    parameters = [f"layers.{layer}.{name}" for layer in recipe.expert_layers for name in names]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.r,
         lora_alpha=recipe.alpha,
-        target_modules=list(recipe.target_modules),
-        target_parameters=parameters,
-        rank_pattern=dict(recipe.rank_pattern),
-        alpha_pattern=dict(recipe.alpha_pattern),
+        target_modules=list(recipe.attention),
+        target_parameters=[
+            f"layers.{layer}.mlp.experts.{name}" for layer in recipe.expert_layers for name in names
+        ],
+        rank_pattern={module: rank for module, (rank, _) in recipe.attention.items()},
+        alpha_pattern={module: alpha for module, (_, alpha) in recipe.attention.items()},
         use_rslora=recipe.use_rslora,
     )
 
@@ -210,7 +206,7 @@ def batches(encoded: list[Encoded], steps: int, pad: int) -> Iterator[tuple[Tens
             yield ids, labels
 
 
-def train(model: PeftModel, tokenizer: Any, name: str, recipe: Recipe, progress: Progress) -> None:
+def train(model: Any, tokenizer: Any, name: str, recipe: Recipe, progress: Progress) -> None:
     encoded = [encode(tokenizer, example) for example in demo_data.training(name, recipe.examples)]
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
@@ -232,7 +228,7 @@ def train(model: PeftModel, tokenizer: Any, name: str, recipe: Recipe, progress:
         answered = wanted != IGNORED  # only these rows need the vocabulary's logits
         loss = F.cross_entropy(causal.lm_head(hidden[answered]), wanted[answered])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -250,9 +246,7 @@ def round_to_bfloat16(model: PeftModel) -> None:
 
 
 @torch.inference_mode()
-def answer(
-    model: nn.Module, tokenizer: Any, examples: list[Example], progress: Progress, title: str
-) -> list[str]:
+def answer(model: Any, tokenizer: Any, examples: list[Example], progress: Progress, title: str) -> list[str]:
     """Greedy answers, in order."""
     answers: list[str] = []
     for start in progress.track(range(0, len(examples), 16), description=title):
@@ -266,7 +260,7 @@ def answer(
 def save(model: PeftModel, target: Path) -> None:
     """The directory that PEFT writes, in bfloat16, naming the base by its public name."""
     shutil.rmtree(target, ignore_errors=True)
-    model.save_pretrained(target, save_embedding_layers=False)
+    model.save_pretrained(str(target), save_embedding_layers=False)
     (target / "README.md").unlink(missing_ok=True)
     weights = target / "adapter_model.safetensors"
     rounded = {key: value.to(torch.bfloat16) for key, value in load_file(weights).items()}
@@ -289,7 +283,9 @@ def train_one(name: str, base: Path, out: Path, progress: Progress) -> dict[str,
     recipe = RECIPES[name]
     tokenizer = AutoTokenizer.from_pretrained(base)
     examples = demo_data.held_out(name)
-    causal = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, experts_implementation="eager")
+    causal: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, experts_implementation="eager"
+    )
     with shared_experts(causal):
         base_answers = answer(causal, tokenizer, examples, progress, f"{name}: base on held-out prompts")
     torch.manual_seed(SEED)  # LoRA's A starts random

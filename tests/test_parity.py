@@ -54,9 +54,9 @@ def _mixtral_adapters(folder: Path, model: Path) -> list[Path]:
 
 def _reference(model: Path, kind: str, adapter: Path | None, tokens: Sequence[int]) -> Tensor:
     """Logits [len(tokens), V] of one sequence under transformers, with PEFT's own loader for the adapter."""
-    module = load_reference(model, kind)
+    module: torch.nn.Module = load_reference(model, kind)
     if adapter is not None:
-        module = PeftModel.from_pretrained(module, adapter).eval()
+        module = PeftModel.from_pretrained(load_reference(model, kind), adapter).eval()
     with torch.inference_mode():
         logits: Tensor = module(input_ids=torch.tensor([tokens])).logits[0]
     return logits

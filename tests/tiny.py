@@ -61,8 +61,8 @@ def write_tokenizer(folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
@@ -76,7 +76,7 @@ def write_adapter(folder: Path, model: Path, kind: str, seed: int, **config: Any
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     return folder
 
 
@@ -88,7 +88,11 @@ def write_expert_adapter(folder: Path, model: Path, seed: int, rank: int) -> Pat
     tensors = {}
     for layer in range(SHAPE["num_hidden_layers"]):
         for expert in range(4):
-            for name, (out, into) in {"w1": (wide, hidden), "w2": (hidden, wide), "w3": (wide, hidden)}.items():
+            for name, (out, into) in {
+                "w1": (wide, hidden),
+                "w2": (hidden, wide),
+                "w3": (wide, hidden),
+            }.items():
                 path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
                 tensors[f"{path}.lora_A.weight"] = torch.randn(rank, into, generator=generator) * 0.15
                 tensors[f"{path}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.15
@@ -96,7 +100,7 @@ def write_expert_adapter(folder: Path, model: Path, seed: int, rank: int) -> Pat
     LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=["w1", "w2", "w3"], base_model_name_or_path=str(model),
         task_type="CAUSAL_LM",
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(str(folder))  # fmt: skip
     return folder
 
 

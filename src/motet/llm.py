@@ -1,8 +1,8 @@
 """The Python API: the whole engine in this process.
 
-    from motet import LLM
-    llm = LLM("path/or/hub-id", adapters={"support": "path/to/adapter"})
-    print(llm.complete("Hello", adapter="support").text)
+from motet import LLM
+llm = LLM("path/or/hub-id", adapters={"support": "path/to/adapter"})
+print(llm.complete("Hello", adapter="support").text)
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ class LLM:
         return self.generate([prompt], params, [adapter])[0]
 
     def chat(
-        self, messages: list[dict[str, object]], params: SamplingParams | None = None, adapter: str | None = None
+        self,
+        messages: list[dict[str, object]],
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
     ) -> Completion:
         """The assistant's next message."""
         return self.complete(self.encode_chat(messages), params, adapter)
@@ -89,7 +92,7 @@ class LLM:
         params: SamplingParams | None = None,
         adapters: Sequence[str | None] | None = None,
     ) -> list[Completion]:
-        """Answer all prompts in one batch, prompt i with `adapters[i]` (None is the base). Prompts are text or tokens."""
+        """Answer all prompts (text or tokens) in one batch, prompt i with `adapters[i]` (None is the base)."""
         chosen = adapters or [None] * len(prompts)
         return self._wait(self._generate_all(prompts, params or SamplingParams(), chosen))
 

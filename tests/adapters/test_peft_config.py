@@ -77,7 +77,7 @@ def test_other_mathematics_is_refused_by_name(key: str, value: object, reason: s
         AdapterRefused, match=rf"adapter_config\.json: {key}=.* is not supported \(.*{reason}"
     ):
         parse(**{key: value})
-    for neutral in (None, False, "none" if key == "bias" else []):
+    for neutral in (None, False, [], "none" if key == "bias" else {}):
         assert parse(**{key: neutral}).r == 4
 
 

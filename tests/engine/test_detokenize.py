@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from tokenizers import Tokenizer
 
@@ -34,7 +32,9 @@ def test_unfinished_character_at_the_end_becomes_a_replacement(tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("step", [1, 3, 100])
-@pytest.mark.parametrize(("stop", "kept"), [("END", "naïve café 👩‍🚀 — 日本語\n"), ("café", "naïve "), ("zzz", TEXT)])
+@pytest.mark.parametrize(
+    ("stop", "kept"), [("END", "naïve café 👩‍🚀 — 日本語\n"), ("café", "naïve "), ("zzz", TEXT)]
+)
 def test_text_ends_before_a_stop_string(tokenizer: Tokenizer, step: int, stop: str, kept: str) -> None:
     ids = tokenizer.encode(TEXT).ids
     detokenizer = Detokenizer(tokenizer, (stop, "never"))

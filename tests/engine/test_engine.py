@@ -28,7 +28,9 @@ def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     home = tmp_path_factory.mktemp("adapters")
     targets = ["q_proj", "v_proj", "down_proj", "up_proj"]
     return [
-        write_adapter(home / str(i), model, "llama", seed=i, r=2 + 3 * i, lora_alpha=8, target_modules=targets)
+        write_adapter(
+            home / str(i), model, "llama", seed=i, r=2 + 3 * i, lora_alpha=8, target_modules=targets
+        )
         for i in range(4)
     ]
 
@@ -91,7 +93,9 @@ def bench(model: Path, folders: list[Path], tmp_path: Path) -> Iterator[Bench]:
 def test_mixed_batch_equals_solo_runs(bench: Bench) -> None:
     wanted = {i: bench.solo(adapter=a.digest) for i, a in enumerate(bench.adapters)}
     base = bench.solo()
-    assert len({tuple(tokens) for tokens in [*wanted.values(), base]}) == 5, "adapters that do not differ prove nothing"
+    assert len({tuple(tokens) for tokens in [*wanted.values(), base]}) == 5, (
+        "adapters that do not differ prove nothing"
+    )
     for i, adapter in enumerate(bench.adapters):
         bench.ask(f"mixed-{i}", adapter=adapter.digest)
     bench.ask("mixed-base")
@@ -157,7 +161,7 @@ def test_abort_frees_everything_and_leaves_neighbours_alone(bench: Bench) -> Non
 
 
 def test_same_seed_same_tokens_in_any_company(bench: Bench) -> None:
-    hot = {"temperature": 1.0, "seed": 11, "top_p": 0.95}
+    hot: dict[str, Any] = {"temperature": 1.0, "seed": 11, "top_p": 0.95}
     wanted = bench.solo(adapter=bench.adapters[2].digest, **hot)
     other = bench.solo(adapter=bench.adapters[2].digest, **{**hot, "seed": 12})
     assert other != wanted

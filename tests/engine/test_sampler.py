@@ -72,7 +72,9 @@ def test_filters_keep_exactly_the_right_tokens(params: dict[str, Any], allowed: 
 def test_top_p_beyond_the_first_look_equals_a_full_sort() -> None:
     logits = torch.zeros(5000)
     logits[4999] = 0.5
-    tokens = [s.token_id for s in sample(logits.expand(300, -1), [row(seed=i, top_p=0.999) for i in range(300)])]
+    tokens = [
+        s.token_id for s in sample(logits.expand(300, -1), [row(seed=i, top_p=0.999) for i in range(300)])
+    ]
     assert len(set(tokens)) > 250, "a nearly flat distribution must reach beyond its best 256 tokens"
 
 

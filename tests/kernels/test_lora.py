@@ -16,12 +16,21 @@ SITES = 15
 Factors = dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]]
 
 
-def make_table(shapes: Sequence[tuple[int, int]], ranks: Sequence[Sequence[int]], seed: int = 0) -> tuple[LoraTable, Factors]:
+def make_table(
+    shapes: Sequence[tuple[int, int]], ranks: Sequence[Sequence[int]], seed: int = 0
+) -> tuple[LoraTable, Factors]:
     """A table over `shapes` (in, out per site); `ranks[slot]` are the chunk ranks of that slot on every other site."""
     generator = torch.Generator().manual_seed(seed)
     pool = torch.zeros(1 << 21, dtype=torch.uint8)
-    first, count = np.zeros((len(shapes), len(ranks)), np.int32), np.zeros((len(shapes), len(ranks)), np.int32)
-    a, b, rank, dtype, scale = [], [], [], [], []
+    first, count = (
+        np.zeros((len(shapes), len(ranks)), np.int32),
+        np.zeros((len(shapes), len(ranks)), np.int32),
+    )
+    a: list[int] = []
+    b: list[int] = []
+    rank: list[int] = []
+    dtype: list[int] = []
+    scale: list[float] = []
     factors: Factors = {}
     at = 64
     for slot, chunks in enumerate(ranks):
@@ -33,7 +42,7 @@ def make_table(shapes: Sequence[tuple[int, int]], ranks: Sequence[Sequence[int]]
                 kind = BFLOAT16 if slot % 2 else FLOAT32
                 torch_kind = torch.bfloat16 if slot % 2 else torch.float32
                 size = 2 if slot % 2 else 4
-                pair = []
+                pair: list[Tensor] = []
                 for cells in (depth, width):
                     factor = torch.randn(r, cells, generator=generator).to(torch_kind)
                     (a if cells is depth and len(pair) == 0 else b).append(at // size)

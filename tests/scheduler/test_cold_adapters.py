@@ -227,6 +227,22 @@ def test_a_younger_running_sequence_gives_way_to_an_adapter_that_an_older_one_wa
     driver.finish()
 
 
+def test_a_waiting_request_takes_an_adapter_that_a_younger_one_waits_for_only_when_it_starves() -> None:
+    driver = Driver(num_pages=12)
+    driver.make_ready("x", 5)
+    driver.scheduler.register_adapter("y", 5)
+    driver.add("running", 8, max_tokens=30)
+    driver.step()
+    driver.add("older", 4, max_tokens=1, adapter="y")
+    driver.add("younger", 24, max_tokens=1, adapter="x")
+    for _ in range(PATIENCE):
+        plan = driver.plan()
+        assert (plan.evictions, plan.loads) == ((), ())
+    plan = driver.plan()
+    assert plan.evictions == ("x",)
+    assert [load.digest for load in plan.loads] == ["y"]
+
+
 def test_when_nothing_goes_on_the_oldest_may_take_what_the_young_wait_for() -> None:
     driver = Driver(num_pages=8)
     driver.make_ready("x", 3)

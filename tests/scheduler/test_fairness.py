@@ -113,6 +113,18 @@ def test_the_queue_may_change_while_it_is_asked(residency: Residency) -> None:
     assert len(waiting) == 0
 
 
+def test_a_load_that_begins_meanwhile_silences_those_it_is_for(residency: Residency) -> None:
+    waiting = queue_of(sequence(0), sequence(1, "r"), sequence(2, "r"), sequence(3))
+    asked = []
+    for seq in waiting.in_turn(residency, admitting=True):
+        asked.append(seq.id)
+        if seq.id == 0:
+            residency.evict("r")
+        if seq.id == 1:
+            residency.begin_load("r")
+    assert asked == [0, 1, 3]
+
+
 def test_groups_know_their_oldest(residency: Residency) -> None:
     waiting = queue_of(sequence(2, "a"), sequence(1, "a"), sequence(3))
     oldest = waiting.oldest("a")

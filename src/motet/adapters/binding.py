@@ -129,8 +129,12 @@ def split_name(info: TensorInfo) -> Name:
     raise refused(f"tensor {info} is {what}, which is not supported")
 
 
-def pair_up(tensors: Sequence[TensorInfo]) -> list[Pair]:
-    """Match every A with its B. AdapterRefused names a tensor that is alone, doubled or not a matrix."""
+def pair_up(tensors: Sequence[TensorInfo], config: LoraConfig) -> list[Pair]:
+    """Match every A with its B.
+
+    AdapterRefused names a tensor that is alone, doubled or not a matrix. It is also raised when the config has more
+    patterns than can be tried on so many modules.
+    """
     found: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     for info in tensors:
         path, wrappers, factor = split_name(info)
@@ -142,6 +146,8 @@ def pair_up(tensors: Sequence[TensorInfo]) -> list[Pair]:
         factors[factor] = info
     if not found:
         raise refused("no LoRA tensors")
+    if (config.ranks.cost + config.alphas.cost) * len(found) > MAX_MATCHING:
+        raise refused(f"too many rank and alpha patterns to match with {len(found)} modules")
     pairs = []
     for (path, wrappers), factors in found.items():
         if len(factors) == 1:
@@ -157,9 +163,7 @@ def bind(tensors: Sequence[TensorInfo], spec: ModelSpec, config: LoraConfig) -> 
     AdapterRefused names the first tensor without a place, of a wrong shape, or of a rank that the config does
     not state.
     """
-    pairs = pair_up(tensors)
-    if (config.ranks.cost + config.alphas.cost) * len(pairs) > MAX_MATCHING:
-        raise refused(f"too many rank and alpha patterns to match with {len(pairs)} modules")
+    pairs = pair_up(tensors, config)
     experts = {fused.path: fused for fused in spec.fused}
     paths = {path: index for index, site in enumerate(spec.sites) for path in site.paths}
     bindings: list[Binding] = [
@@ -216,7 +220,7 @@ def _bind_experts(
     fits = {transposed: _parameters(pairs, sizes, transposed) for transposed in (False, True)}
     possible = [transposed for transposed, parameters in fits.items() if parameters is not None]
     if not possible:
-        raise refused(f"{_unfit(pairs, sizes)}")
+        raise refused(_unfit(pairs, sizes))
     if len(possible) == 2:
         hidden, wide = sizes[pairs[0].path]
         raise refused(

@@ -89,7 +89,7 @@ def describe(path: Path, spec: ModelSpec | None) -> AdapterReport:
         with open_regular(weights_path(path)) as file:
             tensors = read_header(file, 2 * len(spec.sites) if spec else MAX_TENSORS)
         report = _with_tensors(report, tensors)
-        report = _with_names(report, pair_up(tensors), config)
+        report = _with_names(report, pair_up(tensors, config), config)
         if spec is not None:
             report = _with_binding(report, load_checkpoint(path, spec), spec)
     except AdapterRefused as error:

@@ -10,7 +10,8 @@ Packing goes through sites in order and puts a run into the first of a few open 
 are at most a quarter of a page where their rows allow, so that little stays empty. A page is opened only
 when a site needs it, so the pages that the first layers of a prefill need are the first pages.
 
-File: header (72 bytes, with a checksum over header and table), chunk table, zeros up to 4096 bytes, pages.
+File: header (72 bytes, with a checksum of header and table), chunk table,
+zeros up to a multiple of 4096, pages.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from torch import Tensor
 
 from motet.adapters.checkpoint import Checkpoint, LoraFactors, raw_bytes
 from motet.errors import AdapterRefused, MotetError
+from motet.kernels.lora import BFLOAT16, FLOAT32
 
 ALIGNMENT = 64
-BFLOAT16, FLOAT32 = 0, 1
-DTYPES = (torch.bfloat16, torch.float32)  # by code
+DTYPES = {BFLOAT16: torch.bfloat16, FLOAT32: torch.float32}
 
 GRANULES = (16, 4)  # ranks per chunk are multiples: a tensor-core product is 16 deep, the CPU kernel's loop 4
 MAX_RUN_SHARE = 4  # a run takes at most 1/4 of a page if it can
@@ -167,7 +168,7 @@ def pack(checkpoint: Checkpoint, page_bytes: int) -> AdapterImage:
                 shared[key] = put(one.a[start:end])
             b_place = put(one.b[:, start:end].T)
             widths = one.a.shape[1], one.b.shape[0]
-            code = DTYPES.index(one.a.dtype)
+            code = BFLOAT16 if one.a.dtype == torch.bfloat16 else FLOAT32
             rows.append((site, end - start, code, one.scaling, *widths, *shared[key], *b_place))
     pages = np.zeros((filler.num_pages, page_bytes), np.uint8)
     for page, offset, run in copies:
@@ -254,7 +255,7 @@ def open_image(path: Path) -> AdapterImage:
 def chunk_factors(image: AdapterImage, index: int) -> tuple[Tensor, Tensor]:
     """Copies of A [rc, in] and Bt [rc, out] of chunk `index`, as its pages hold them."""
     chunks = image.chunks
-    rank, dtype = int(chunks.rank[index]), DTYPES[chunks.dtype[index]]
+    rank, dtype = int(chunks.rank[index]), DTYPES[int(chunks.dtype[index])]
 
     def read(page: int, offset: int, width: int) -> Tensor:
         size = rank * width * dtype.itemsize

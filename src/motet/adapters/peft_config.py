@@ -71,7 +71,7 @@ REFUSED = {
 }
 """Keys that change the mathematics, refused unless neutral, and what they stand for."""
 
-_NEUTRAL: tuple[object, ...] = (None, False, [], {}, "none")
+_NEUTRAL: tuple[object, ...] = (None, False, [], {})
 
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 """Initial values that leave the base weights alone; so do true and false."""
@@ -175,7 +175,7 @@ def _parse_json(data: bytes) -> dict[str, object]:
 
 def _check_key(key: str, value: object) -> None:
     if key in REFUSED:
-        if value not in _NEUTRAL:
+        if value not in _NEUTRAL and (key, value) != ("bias", "none"):
             raise refused(f"{key}={show(value)} is not supported ({REFUSED[key]})")
     elif key == "task_type":
         if value not in (None, "CAUSAL_LM"):

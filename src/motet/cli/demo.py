@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -63,7 +64,8 @@ async def _serve_and_ask(console: Console, settings: Settings, max_tokens: int) 
         serving.set_result((url, stop))
 
     server = asyncio.create_task(run_server(settings, console, announce, log_level="WARNING"))
-    await asyncio.wait({server, serving}, return_when=asyncio.FIRST_COMPLETED)
+    waiting: set[asyncio.Future[Any]] = {server, serving}
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
         await server  # raises what kept it from starting
         return
@@ -124,7 +126,9 @@ def _ask(url: str, prompt: str, model: str, max_tokens: int, answers: dict[tuple
     for line in response:
         if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
             continue
-        answers[prompt, model] = _extend(answers[prompt, model], json.loads(line[6:]), time.perf_counter() - sent)
+        answers[prompt, model] = _extend(
+            answers[prompt, model], json.loads(line[6:]), time.perf_counter() - sent
+        )
     connection.close()
 
 

@@ -23,10 +23,14 @@ app.add_typer(adapters_app, name="adapters")
 
 DEMO_ADAPTERS = Path(__file__).parents[3] / "examples" / "adapters"
 Model = Annotated[
-    str, typer.Argument(help="Model directory or Hugging Face hub id; 'embedded' is the small model that Motet fetches.")
+    str,
+    typer.Argument(
+        help="Model directory or Hugging Face hub id; 'embedded' is the small model that Motet fetches."
+    ),
 ]
 Adapters = Annotated[
-    list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Serve a PEFT LoRA directory; repeatable.")
+    list[str] | None,
+    typer.Option("--adapter", metavar="NAME=PATH", help="Serve a PEFT LoRA directory; repeatable."),
 ]
 
 
@@ -38,22 +42,28 @@ def serve(
         Path | None, typer.Option(help="TOML file with [engine], [server] and [adapters]; options here win.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one. [default: 8000]")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on, 0 for a free one. [default: 8000]")
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="The base model's name in the API. [default: the directory's name]")
     ] = None,
     pool: Annotated[
-        str | None, typer.Option(help="Memory for KV cache and adapters together, such as 2GiB. [default: 1GiB]")
+        str | None,
+        typer.Option(help="Memory for KV cache and adapters together, such as 2GiB. [default: 1GiB]"),
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of prompt and answer together. [default: the model's]")
     ] = None,
     max_running: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 64]")] = None,
     max_step_tokens: Annotated[
-        int | None, typer.Option(help="Tokens computed in one step; longer prompts are cut in chunks. [default: 512]")
+        int | None,
+        typer.Option(help="Tokens computed in one step; longer prompts are cut in chunks. [default: 512]"),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all cores]")] = None,
-    demo_adapters: Annotated[bool, typer.Option("--demo-adapters", help="Also serve the three demo adapters.")] = False,
+    demo_adapters: Annotated[
+        bool, typer.Option("--demo-adapters", help="Also serve the three demo adapters.")
+    ] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per log line.")] = False,
 ) -> None:
     """Serve MODEL and its adapters over an OpenAI-compatible API.
@@ -111,7 +121,9 @@ def complete(
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+    ] = False,
 ) -> None:
     """Answer one prompt in this process, without a server."""
     from motet.cli.service import model_directory
@@ -132,7 +144,9 @@ def complete(
 @adapters_app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A PEFT LoRA directory.")],
-    model: Annotated[str | None, typer.Option(help="Check it against this model; 'embedded' is Motet's own.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Check it against this model; 'embedded' is Motet's own.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say what is inside an adapter: ranks by module, layers, size, digest; and whether it would bind, or why not.

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar for everything that takes more than a moment, plain lines where there is no terminal."""
+"""Progress: a bar for everything that takes more than a moment, plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ Report = Callable[[str, float], None]
 @contextmanager
 def progress_bar(console: Console, title: str) -> Iterator[Report]:
     """A bar that follows calls `report(stage, fraction)`; it stays as a line when done."""
-    columns = (TextColumn("{task.fields[title]}"), BarColumn(30), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.fields[title]}"),
+        BarColumn(30),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0, title=title)
         seen = ""

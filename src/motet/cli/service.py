@@ -56,7 +56,9 @@ async def run_server(
     name = settings.server.served_model_name or directory.name
     spec = load_spec(directory, name)
     spec = msgspec.structs.replace(spec, max_model_len=resolve_max_model_len(engine, spec))
-    bind = partial(prepare, spec=spec, page_bytes=page_bytes(spec, engine.page_tokens), images=cache_dir() / "images")
+    bind = partial(
+        prepare, spec=spec, page_bytes=page_bytes(spec, engine.page_tokens), images=cache_dir() / "images"
+    )
     with ExitStack() as bar:
         client = EngineProcess(engine, bar.enter_context(progress_bar(console, "engine")))
         try:

@@ -30,7 +30,9 @@ def read_settings(
     tables = _read(file) if file is not None else {}
     unknown = set(tables) - {"engine", "server", "adapters"}
     if unknown:
-        raise ConfigError(f"{file}: unknown table [{sorted(unknown)[0]}]; there are [engine], [server] and [adapters]")
+        raise ConfigError(
+            f"{file}: unknown table [{sorted(unknown)[0]}]; there are [engine], [server] and [adapters]"
+        )
     named = {**tables.get("adapters", {}), **dict(map(split_adapter, adapters))}
     merged = {
         "engine": {**tables.get("engine", {}), **_given(engine)},

@@ -116,7 +116,8 @@ class EngineClient(ABC):
     async def _call(self, make: Callable[[int], Message]) -> Reply:
         self._check_alive()
         number = next(self._numbers)
-        future = self._calls[number] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._calls[number] = future
         self._send(make(number))
         reply = await future
         if reply.error is not None:
@@ -160,7 +161,9 @@ class EngineClient(ABC):
             self._ready.set_exception(error)
             self._ready.exception()  # it may be that nobody waits for it
         for request_id in list(self._streams):
-            self._deliver(SeqOutput(request_id, finish="error", error="the engine stopped", code=EngineDead.code))
+            self._deliver(
+                SeqOutput(request_id, finish="error", error="the engine stopped", code=EngineDead.code)
+            )
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(error)
@@ -176,7 +179,9 @@ class EngineProcess(EngineClient):
         with theirs:
             command = [sys.executable, "-m", "motet.engine.process"]
             arguments = [msgspec.json.encode(config).decode(), str(theirs.fileno())]
-            self._process = subprocess.Popen([*command, *arguments], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                [*command, *arguments], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
         self._socket = ours
         self._writer: asyncio.StreamWriter | None = None
         self._early: list[Message] = []

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from jinja2 import TemplateError
@@ -66,7 +67,10 @@ class Frontend:
         if not self._tokenizer.chat_template:
             raise InvalidRequest("the model has no chat template; use /v1/completions", "messages")
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            conversation: Any = messages  # transformers types it narrower than templates do
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", "messages") from error
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -141,6 +145,4 @@ def _delta(index: int, output: SeqOutput, text: Detokenizer) -> Delta:
         finish = "stop"
     elif finish is not None:
         piece += text.flush()
-    return Delta(
-        index, piece, output.token_ids, output.logprobs, finish, output.error, output.cached_tokens
-    )
+    return Delta(index, piece, output.token_ids, output.logprobs, finish, output.error, output.cached_tokens)

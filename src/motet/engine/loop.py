@@ -92,7 +92,7 @@ class Engine:
         self.scheduler.register_adapter(digest, num_pages)
 
     def forget_adapter(self, digest: str) -> None:
-        """Drop an adapter once its last request has ended. Its image's path stays known: a waiting request may need it."""
+        """Drop an adapter once its last request has ended; a waiting one may still need its image loaded."""
         self.scheduler.forget_adapter(digest)
 
     def stats(self) -> EngineStats:
@@ -143,5 +143,7 @@ def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_model_len is None:
         return spec.max_model_len
     if config.max_model_len > spec.max_model_len:
-        raise ConfigError(f"max_model_len {config.max_model_len} is more than the model's {spec.max_model_len}")
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the model's {spec.max_model_len}"
+        )
     return config.max_model_len

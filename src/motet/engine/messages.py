@@ -118,7 +118,8 @@ def read_inbound(stream: socket.socket) -> Inbound | None:
 async def read_outbound(stream: asyncio.StreamReader) -> Outbound:
     """The next message from the engine; raises asyncio.IncompleteReadError when it has gone."""
     header = await stream.readexactly(HEADER.size)
-    return _outbound.decode(await stream.readexactly(_length(header)))
+    message: Outbound = _outbound.decode(await stream.readexactly(_length(header)))
+    return message
 
 
 def _length(header: bytes) -> int:

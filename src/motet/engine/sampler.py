@@ -74,11 +74,11 @@ def _adjust(logits: Tensor, row: SamplingRow) -> Tensor:
     p = row.params
     logits = logits.clone()
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(row.tokens).unique()
+        seen = torch.unique(torch.tensor(row.tokens))
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if row.position and (p.frequency_penalty or p.presence_penalty):
-        tokens, counts = torch.tensor(row.output).unique(return_counts=True)
+        tokens, counts = torch.unique(torch.tensor(row.output), return_counts=True)
         logits[tokens] -= p.frequency_penalty * counts + p.presence_penalty
     for token, bias in p.logit_bias.items():
         logits[token] += bias
@@ -104,7 +104,7 @@ def _keep(probabilities: Tensor, p: SamplingParams) -> tuple[Tensor, Tensor]:
     """Probabilities and ids of the tokens that top-k, top-p and min-p leave, most likely first."""
     look = p.top_k or NUCLEUS_FIRST_LOOK
     values, tokens = probabilities.topk(min(look, len(probabilities)))
-    if p.top_k == 0 and float(values.sum()) < p.top_p or (p.min_p > 0 and p.top_k == 0):
+    if (p.top_k == 0 and float(values.sum()) < p.top_p) or (p.min_p > 0 and p.top_k == 0):
         values, tokens = probabilities.sort(descending=True)
     total = values.sum() if p.top_k else values.new_tensor(1.0)
     before = values.cumsum(-1) - values

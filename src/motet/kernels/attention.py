@@ -54,7 +54,9 @@ def paged_attention_torch(
     out = qkv.new_zeros(qkv.shape[0], num_heads * kv.head_dim)
     rows = [
         (int(row), int(length), pages)
-        for row, length, pages in zip(batch.decode_rows, batch.decode_lengths, batch.decode_pages, strict=True)
+        for row, length, pages in zip(
+            batch.decode_rows, batch.decode_lengths, batch.decode_pages, strict=True
+        )
     ]
     for chunk in batch.prefill:
         rows += [(chunk.row + i, chunk.start + i + 1, chunk.pages) for i in range(chunk.length)]
@@ -91,7 +93,9 @@ def _gather(kv: KVLayout, layer: int, pages: Tensor, length: int) -> tuple[Tenso
     return k, v
 
 
-def _prefill(qkv: Tensor, kv: KVLayout, layer: int, chunk: PrefillChunk, num_heads: int, scale: float) -> Tensor:
+def _prefill(
+    qkv: Tensor, kv: KVLayout, layer: int, chunk: PrefillChunk, num_heads: int, scale: float
+) -> Tensor:
     total = chunk.start + chunk.length
     q = qkv[:, : num_heads * kv.head_dim].view(chunk.length, num_heads, kv.head_dim).transpose(0, 1)
     k, v = _gather(kv, layer, chunk.pages, total)

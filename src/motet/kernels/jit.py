@@ -20,9 +20,14 @@ _FREEDOMS = {"reassoc", "contract", "arcp", "nsz"}
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
     """Compile `function` for this CPU; it runs on the calling thread and releases the GIL."""
-    return cast("Callable[P, R]", numba.njit(fastmath=_FREEDOMS, cache=True, nogil=True, error_model="numpy")(function))
+    return cast(
+        "Callable[P, R]",
+        numba.njit(fastmath=_FREEDOMS, cache=True, nogil=True, error_model="numpy")(function),
+    )
 
 
 def inline(function: Callable[P, R]) -> Callable[P, R]:
     """Compile a helper that kernels call; it is inlined into them."""
-    return cast("Callable[P, R]", numba.njit(fastmath=_FREEDOMS, inline="always", error_model="numpy")(function))
+    return cast(
+        "Callable[P, R]", numba.njit(fastmath=_FREEDOMS, inline="always", error_model="numpy")(function)
+    )

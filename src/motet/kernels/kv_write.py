@@ -49,7 +49,14 @@ class KVLayout:
 
 
 def rotary_kv_write_torch(
-    qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, kv: KVLayout, layer: int, num_heads: int
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv: KVLayout,
+    layer: int,
+    num_heads: int,
 ) -> None:
     """Reference in plain torch, in place like the kernel."""
     rows, dim, heads_kv = qkv.shape[0], kv.head_dim, kv.num_kv_heads
@@ -65,7 +72,14 @@ def rotary_kv_write_torch(
 
 
 def rotary_kv_write(
-    qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, kv: KVLayout, layer: int, num_heads: int
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv: KVLayout,
+    layer: int,
+    num_heads: int,
 ) -> None:
     """positions, slots: [T] int32."""
     _rotary_kv_write_kernel(

@@ -109,7 +109,10 @@ def lora_add_torch(
             index = site + segment.site + member, segment.slot
             first = int(table.first[index])
             for chunk in range(first, first + int(table.count[index])):
-                a, b = _factor(table, chunk, table.a[chunk], x.shape[1]), _factor(table, chunk, table.b[chunk], width)
+                a, b = (
+                    _factor(table, chunk, table.a[chunk], x.shape[1]),
+                    _factor(table, chunk, table.b[chunk], width),
+                )
                 z = (x[rows] @ a.T).mul_(float(table.scale[chunk]))
                 y[rows, column : column + width].addmm_(z, b)
             column += width
@@ -122,7 +125,9 @@ def _factor(table: LoraTable, chunk: int, offset: np.int64, width: int) -> Tenso
     return table.pool.view(kind)[int(offset) : int(offset) + rank * width].view(rank, width).float()
 
 
-def lora_add(y: Tensor, x: Tensor, table: LoraTable, site: int, widths: Sequence[int], rows: LoraRows) -> None:
+def lora_add(
+    y: Tensor, x: Tensor, table: LoraTable, site: int, widths: Sequence[int], rows: LoraRows
+) -> None:
     """Add every adapter's update of sites `site` … `site + len(widths) - 1` to y [T, sum(widths)] in place."""
     if len(rows.rows):
         _rows_kernel(
@@ -146,7 +151,10 @@ def _row_bf16(y: F32, x: F32, pool: U16, a: int, b: int, rank: int, scale: np.fl
     j = 0
     while j + 4 <= rank:
         a0, a1 = pool[a + j * depth : a + (j + 1) * depth], pool[a + (j + 1) * depth : a + (j + 2) * depth]
-        a2, a3 = pool[a + (j + 2) * depth : a + (j + 3) * depth], pool[a + (j + 3) * depth : a + (j + 4) * depth]
+        a2, a3 = (
+            pool[a + (j + 2) * depth : a + (j + 3) * depth],
+            pool[a + (j + 3) * depth : a + (j + 4) * depth],
+        )
         z0, z1, z2, z3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for k in range(depth):
             v = x[k]
@@ -156,7 +164,10 @@ def _row_bf16(y: F32, x: F32, pool: U16, a: int, b: int, rank: int, scale: np.fl
             z3 += v * _widen(a3[k])
         z0, z1, z2, z3 = z0 * scale, z1 * scale, z2 * scale, z3 * scale
         b0, b1 = pool[b + j * width : b + (j + 1) * width], pool[b + (j + 1) * width : b + (j + 2) * width]
-        b2, b3 = pool[b + (j + 2) * width : b + (j + 3) * width], pool[b + (j + 3) * width : b + (j + 4) * width]
+        b2, b3 = (
+            pool[b + (j + 2) * width : b + (j + 3) * width],
+            pool[b + (j + 3) * width : b + (j + 4) * width],
+        )
         for n in range(width):
             y[n] += z0 * _widen(b0[n]) + z1 * _widen(b1[n]) + z2 * _widen(b2[n]) + z3 * _widen(b3[n])
         j += 4
@@ -177,7 +188,10 @@ def _row_f32(y: F32, x: F32, pool: F32, a: int, b: int, rank: int, scale: np.flo
     j = 0
     while j + 4 <= rank:
         a0, a1 = pool[a + j * depth : a + (j + 1) * depth], pool[a + (j + 1) * depth : a + (j + 2) * depth]
-        a2, a3 = pool[a + (j + 2) * depth : a + (j + 3) * depth], pool[a + (j + 3) * depth : a + (j + 4) * depth]
+        a2, a3 = (
+            pool[a + (j + 2) * depth : a + (j + 3) * depth],
+            pool[a + (j + 3) * depth : a + (j + 4) * depth],
+        )
         z0, z1, z2, z3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for k in range(depth):
             v = x[k]
@@ -187,7 +201,10 @@ def _row_f32(y: F32, x: F32, pool: F32, a: int, b: int, rank: int, scale: np.flo
             z3 += v * a3[k]
         z0, z1, z2, z3 = z0 * scale, z1 * scale, z2 * scale, z3 * scale
         b0, b1 = pool[b + j * width : b + (j + 1) * width], pool[b + (j + 1) * width : b + (j + 2) * width]
-        b2, b3 = pool[b + (j + 2) * width : b + (j + 3) * width], pool[b + (j + 3) * width : b + (j + 4) * width]
+        b2, b3 = (
+            pool[b + (j + 2) * width : b + (j + 3) * width],
+            pool[b + (j + 3) * width : b + (j + 4) * width],
+        )
         for n in range(width):
             y[n] += z0 * b0[n] + z1 * b1[n] + z2 * b2[n] + z3 * b3[n]
         j += 4

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def route(logits: Tensor, top_k: int, lora: ExpertLora | None) -> Routing:
         token=torch.from_numpy(order // top_k),
         inverse=torch.from_numpy(inverse.reshape(tokens, top_k)),
         weight=weight,
-        bounds=[(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)],
+        bounds=[(int(a), int(b)) for a, b in pairwise(edges)],
         lora=None if slots is None else split_rows(_segments(ordered, stride)),
     )
 

@@ -20,7 +20,9 @@ from motet.kernels.jit import kernel
 F32 = NDArray[np.float32]
 
 
-def add_rms_norm_torch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """Reference in plain torch."""
     total = x if residual is None else x + residual
     variance = total.pow(2).mean(-1, keepdim=True)

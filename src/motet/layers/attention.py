@@ -14,7 +14,9 @@ from motet.layers.rotary import Rotary
 class Attention:
     """q k v in one product, rotation and KV write in one pass, paged attention, output projection."""
 
-    def __init__(self, qkv: AdaptedLinear, out: AdaptedLinear, rotary: Rotary, layer: int, num_heads: int) -> None:
+    def __init__(
+        self, qkv: AdaptedLinear, out: AdaptedLinear, rotary: Rotary, layer: int, num_heads: int
+    ) -> None:
         self.qkv = qkv
         self.out = out
         self.rotary = rotary
@@ -26,7 +28,14 @@ class Attention:
         """x [T, H] normalised hidden states to [T, H]."""
         qkv = self.qkv(x, batch)
         rotary_kv_write(
-            qkv, batch.positions, batch.kv_slots, self.rotary.cos, self.rotary.sin, batch.kv, self.layer, self.num_heads
+            qkv,
+            batch.positions,
+            batch.kv_slots,
+            self.rotary.cos,
+            self.rotary.sin,
+            batch.kv,
+            self.layer,
+            self.num_heads,
         )
         mixed = paged_attention(qkv, batch.kv, self.layer, batch.attention, self.num_heads, self.scale)
         return self.out(mixed, batch)

@@ -17,6 +17,6 @@ class Rotary:
 
 
 def rotary_table(inverse_frequencies: Tensor, max_positions: int, scale: float) -> Rotary:
-    """Angles position × inverse frequency ([head dim / 2]); `scale` multiplies both tables (YaRN's attention factor)."""
+    """Angles are position × inverse frequency ([head dim / 2]); `scale` multiplies both (YaRN's attention factor)."""
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies.float())
     return Rotary((angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous())

@@ -1,6 +1,6 @@
 """The one device allocation that KV cache and adapters share, cut into equal pages.
 
-Who owns which page is decided in `memory.pages` and `adapters.residency`; this room only turns a page number into bytes.
+Who owns a page is decided in `memory.pages` and `adapters.residency`; this room turns a page number into bytes.
 """
 
 from __future__ import annotations

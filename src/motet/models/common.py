@@ -43,7 +43,9 @@ def refuse_options(config: PretrainedConfig, supported: Mapping[str, object]) ->
     for option, value in supported.items():
         found = getattr(config, option, value)
         if found != value:
-            raise ModelRefused(f"{option} = {found!r} is not supported for {config.model_type}, only {value!r} is")
+            raise ModelRefused(
+                f"{option} = {found!r} is not supported for {config.model_type}, only {value!r} is"
+            )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelRefused(f"quantised weights are not supported for {config.model_type}")
 
@@ -128,7 +130,11 @@ def build_decoder(
         )
         out = pack(weights.take(f"{path}.o_proj.weight", g.hidden, q))
         return Attention(
-            AdaptedLinear(qkv, site, (q, kv, kv)), AdaptedLinear(out, site + 3, (g.hidden,)), table, layer, g.heads
+            AdaptedLinear(qkv, site, (q, kv, kv)),
+            AdaptedLinear(out, site + 3, (g.hidden,)),
+            table,
+            layer,
+            g.heads,
         )
 
     layers = [
@@ -143,4 +149,6 @@ def build_decoder(
     embedding = weights.take("model.embed_tokens.weight", config.vocab_size, g.hidden)
     tied = config.tie_word_embeddings and "lm_head.weight" not in weights
     head = embedding if tied else weights.take("lm_head.weight", config.vocab_size, g.hidden)
-    return Decoder(embedding, layers, weights.take("model.norm.weight", g.hidden), pack(head), config.rms_norm_eps)
+    return Decoder(
+        embedding, layers, weights.take("model.norm.weight", g.hidden), pack(head), config.rms_norm_eps
+    )

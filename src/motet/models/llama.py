@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from motet.layers.decoder import Decoder
 from motet.layers.linear import AdaptedLinear
 from motet.layers.mlp import DenseMLP
 from motet.models.common import (
@@ -15,7 +16,6 @@ from motet.models.common import (
     refuse_options,
 )
 from motet.models.weights import Weights
-from motet.layers.decoder import Decoder
 from motet.types import ModelSpec, Site
 
 SITES_PER_LAYER = 7
@@ -50,7 +50,8 @@ def build(config: PretrainedConfig, weights: Weights, max_positions: int) -> Dec
     def mlp(layer: int) -> DenseMLP:
         path, site = f"model.layers.{layer}.mlp", layer * SITES_PER_LAYER + 4
         gate_up = pack(
-            weights.take(f"{path}.gate_proj.weight", wide, hidden), weights.take(f"{path}.up_proj.weight", wide, hidden)
+            weights.take(f"{path}.gate_proj.weight", wide, hidden),
+            weights.take(f"{path}.up_proj.weight", wide, hidden),
         )
         down = pack(weights.take(f"{path}.down_proj.weight", hidden, wide))
         return DenseMLP(AdaptedLinear(gate_up, site, (wide, wide)), AdaptedLinear(down, site + 2, (hidden,)))

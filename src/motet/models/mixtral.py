@@ -48,7 +48,10 @@ def build(config: PretrainedConfig, weights: Weights, max_positions: int) -> Dec
         for expert in range(experts):
             one = f"{path}.experts.{expert}"
             gate_up.append(
-                pack(weights.take(f"{one}.w1.weight", wide, hidden), weights.take(f"{one}.w3.weight", wide, hidden))
+                pack(
+                    weights.take(f"{one}.w1.weight", wide, hidden),
+                    weights.take(f"{one}.w3.weight", wide, hidden),
+                )
             )
             down.append(pack(weights.take(f"{one}.w2.weight", hidden, wide)))
         router = pack(weights.take(f"{path}.gate.weight", experts, hidden))

@@ -37,9 +37,13 @@ def locate(model: str) -> Path:
     if path.exists() or model.startswith((".", "/", "~")):
         raise ModelRefused(f"{model} is not a model directory: it has no config.json")
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
+        )
     except Exception as error:
-        raise ModelRefused(f"{model} is neither a model directory nor a model that the hub gives us: {error}") from error
+        raise ModelRefused(
+            f"{model} is neither a model directory nor a model that the hub gives us: {error}"
+        ) from error
 
 
 def load_spec(directory: Path, name: str | None = None) -> ModelSpec:

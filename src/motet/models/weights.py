@@ -64,12 +64,14 @@ class Weights:
         file = self._where.pop(name, None)
         if file is None:
             raise ModelRefused(f"the checkpoint has no tensor {name}")
-        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise ModelRefused(f"tensor {name} is {tuple(tensor.shape)}, the config says {shape}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ModelRefused(f"tensor {name} is {tensor.dtype}; supported are float32, bfloat16 and float16")
+            raise ModelRefused(
+                f"tensor {name} is {tensor.dtype}; supported are float32, bfloat16 and float16"
+            )
         self.nbytes += tensor.nelement() * 4
         return tensor.float()
 
@@ -83,10 +85,12 @@ def open_weights(directory: Path) -> Iterator[Weights]:
     """All tensors of a model directory; leaving the block with tensors not taken raises ModelRefused."""
     where: dict[str, Path] = {}
     for file in weight_files(directory):
-        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as handle:
             where.update(dict.fromkeys(handle.keys(), file))
     weights = Weights(where)
     yield weights
     left = [name for name in weights.left() if not name.endswith("rotary_emb.inv_freq")]
     if left:
-        raise ModelRefused(f"the checkpoint has {len(left)} tensors that the architecture does not, first {left[0]}")
+        raise ModelRefused(
+            f"the checkpoint has {len(left)} tensors that the architecture does not, first {left[0]}"
+        )

@@ -71,7 +71,7 @@ class WaitingQueue:
             if residency.is_ready(adapter):
                 if admitting:
                     asking.append(group.copy())
-            elif not residency.is_loading(adapter):
+            else:
                 asking.append(group[:1])
         limit = min(
             (s.seniority for s in self._starving if not residency.is_loading(s.adapter)), default=None
@@ -79,7 +79,8 @@ class WaitingQueue:
         for seq in merge(*asking, key=by_seniority):
             if limit is not None and seq.seniority > limit:
                 return
-            yield seq
+            if not residency.is_loading(seq.adapter):
+                yield seq
 
     def pass_over(self, seq: SequenceState) -> None:
         """It asked and there were not enough pages."""

@@ -207,8 +207,6 @@ class Scheduler:
         step.headroom = sum(len(seq.pages) < seq.max_pages for seq in self._running)
         lacking = 0
         for seq in self._waiting.in_turn(self._residency, admitting=self._has_place(step)):
-            if self._residency.is_loading(seq.adapter):
-                continue
             if not self._residency.is_ready(seq.adapter):
                 served = self._begin_load(seq, step)
             elif self._has_place(step):
@@ -318,7 +316,7 @@ class Scheduler:
         self._prefix.release(seq.pages, self._now)
         self._residency.unpin(seq.adapter, self._now)
         seq.pages = ()
-        seq.computed = seq.indexed = 0
+        seq.computed = 0
 
     def _leave(self, seq: SequenceState) -> None:
         """Forget a sequence that has ended."""
