@@ -31,7 +31,7 @@ from motet.types import BASE, Request, SamplingParams
 
 ADAPTERS, RANK, PROMPT, DECODE = 8, 16, 128, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-POOL_BYTES = 512 << 20
+POOL_BYTES = 1 << 30
 
 
 def write_adapters(model: Path, folder: Path) -> None:

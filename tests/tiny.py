@@ -107,5 +107,6 @@ def write_expert_adapter(folder: Path, model: Path, seed: int, rank: int) -> Pat
 def load_reference(model: Path, kind: str) -> PreTrainedModel:
     """The model as transformers runs it, fp32."""
     cls = LlamaForCausalLM if kind == "llama" else MixtralForCausalLM
-    reference: PreTrainedModel = cls.from_pretrained(model, dtype=torch.float32).eval()
+    reference: PreTrainedModel = cls.from_pretrained(model, dtype=torch.float32)
+    reference.train(False)
     return reference

@@ -56,7 +56,7 @@ class LLM:
     async def _start(self) -> tuple[EngineThread, Frontend, Any, int]:
         client = EngineThread(self._config)
         ready = await client.started()
-        frontend = Frontend(client, Path(self._config.model), ready.max_model_len)
+        frontend = Frontend(client, Path(self._config.model))
         return client, frontend, ready.spec, ready.page_bytes
 
     def load_adapter(self, name: str, path: str, images: Path | None = None) -> str:

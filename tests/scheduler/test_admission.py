@@ -72,7 +72,7 @@ A, B, C = Victim("a", 3, 1.0), Victim("", 1, 2.0), Victim("c", 5, 3.0)
         (3, 0, (A,)),
         (4, 0, (A, B)),
         (5, 0, (C,)),
-        (6, 0, (B, C)),
+        (6, 0, (A, C)),
         (7, 0, (A, C)),
         (9, 0, (A, B, C)),
         (10, 0, None),
@@ -83,7 +83,7 @@ A, B, C = Victim("a", 3, 1.0), Victim("", 1, 2.0), Victim("c", 5, 3.0)
         (-2, 12, None),
     ],
 )
-def test_victims_are_the_first_that_suffice_without_the_needless_and_headroom_is_left_but_not_taken(
+def test_victims_are_the_first_that_suffice_without_the_needless(
     shortfall: int, headroom: int, chosen: tuple[Victim, ...] | None
 ) -> None:
     assert choose_victims([A, B, C], shortfall, headroom) == chosen

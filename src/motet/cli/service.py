@@ -62,7 +62,7 @@ async def run_server(
     with ExitStack() as bar:
         client = EngineProcess(engine, bar.enter_context(progress_bar(console, "engine")))
         try:
-            frontend = Frontend(client, directory, spec.max_model_len)
+            frontend = Frontend(client, directory)
             catalog = Catalog(spec, name, settings.engine.model, bind, client)
             app = create_app(frontend, catalog, settings.server, Metrics(name))
             drain = app.state.lifecycle.drain

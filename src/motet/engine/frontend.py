@@ -29,13 +29,12 @@ _ERRORS: dict[str, type[MotetError]] = {
 class Frontend:
     """The tokeniser of one model in front of one engine."""
 
-    def __init__(self, client: EngineClient, directory: Path, max_model_len: int) -> None:
+    def __init__(self, client: EngineClient, directory: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise errors.ModelRefused(f"{directory} has no fast tokenizer (tokenizer.json)")
         self._tokenizer = tokenizer
         self._client = client
-        self._max_model_len = max_model_len
         self._open = False
 
     @property
@@ -51,11 +50,6 @@ class Frontend:
     def open(self) -> None:
         """Everything that was to be served at the start is there: be ready."""
         self._open = True
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens of prompt and answer together."""
-        return self._max_model_len
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt, with the special tokens that the tokeniser adds by itself."""
@@ -90,7 +84,6 @@ class Frontend:
         self, prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str
     ) -> AsyncIterator[Delta]:
         """The deltas of all choices, interleaved; see `engine.protocol.Generator`."""
-        self._check(prompt, params)
         requests = _choices(prompt, params, adapter, request_id)
         index = {request.id: i for i, request in enumerate(requests)}
         texts = [Detokenizer(self._tokenizer.backend_tokenizer, params.stop) for _ in requests]
@@ -107,16 +100,6 @@ class Frontend:
                 if texts[i].stopped and output.finish is None:
                     self._client.abort({output.request_id})
                 yield delta
-
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not prompt:
-            raise InvalidRequest("the prompt is empty", "prompt")
-        if len(prompt) + params.max_tokens > self._max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; together they exceed the "
-                f"context length of {self._max_model_len}",
-                "max_tokens" if len(prompt) < self._max_model_len else "prompt",
-            )
 
 
 def _choices(prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str) -> list[Request]:

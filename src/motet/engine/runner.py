@@ -50,8 +50,7 @@ class Runner:
 
 
 def _with_adapters(batch: Batch, pool: Pool) -> Batch:
-    """The batch again with two adapters of rank 5 on every site, one of each dtype, that read zeros of page 0."""
-    pool.data[0].zero_()
+    """The batch again with two adapters of rank 5 on every site, one of each dtype, that read page 0."""
     sites = len(pool.spec.sites)
     chunk = np.arange(2, dtype=np.int32)
     table = LoraTable(

@@ -26,7 +26,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """Token ids to logits. `embedding` [V, H]; `head` is the packed output matrix."""
+    """Token ids to logits. `embedding` [V, H] in any float dtype; `head` is the packed output matrix."""
 
     def __init__(
         self, embedding: Tensor, layers: Sequence[DecoderLayer], norm: Tensor, head: PackedWeight, eps: float
@@ -39,7 +39,7 @@ class Decoder:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Logits [S, V] float32 of `batch.logit_rows`."""
-        x = torch.nn.functional.embedding(batch.tokens, self.embedding)
+        x = torch.nn.functional.embedding(batch.tokens, self.embedding).float()
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = add_rms_norm(x, residual, layer.attention_norm, self.eps)

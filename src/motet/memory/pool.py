@@ -40,7 +40,8 @@ class Pool:
                 f"pool_bytes {pool_bytes} holds {self.num_pages} pages of {self.page_bytes} bytes; "
                 f"give at least {2 * self.page_bytes}"
             )
-        self.data = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8)
+        # Written once, so that memory which is not there fails now and not in the middle of a request.
+        self.data = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8).fill_(0)
 
     @property
     def flat(self) -> Tensor:

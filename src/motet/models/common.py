@@ -146,9 +146,11 @@ def build_decoder(
         )
         for layer in range(config.num_hidden_layers)
     ]
-    embedding = weights.take("model.embed_tokens.weight", config.vocab_size, g.hidden)
+    # The embedding is only looked up: it stays in the checkpoint's dtype, half the memory for bfloat16.
+    embedding = weights.take_stored("model.embed_tokens.weight", config.vocab_size, g.hidden)
     tied = config.tie_word_embeddings and "lm_head.weight" not in weights
-    head = embedding if tied else weights.take("lm_head.weight", config.vocab_size, g.hidden)
+    head = embedding.float() if tied else weights.take("lm_head.weight", config.vocab_size, g.hidden)
+    weights.nbytes += head.nbytes if tied else 0
     return Decoder(
         embedding, layers, weights.take("model.norm.weight", g.hidden), pack(head), config.rms_norm_eps
     )

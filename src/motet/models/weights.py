@@ -50,7 +50,10 @@ def fingerprint(directory: Path) -> str:
 
 
 class Weights:
-    """Tensors by name, as float32. A tensor is taken once; what nobody took is an error at the end."""
+    """Tensors by name. A tensor is taken once; what nobody took is an error at the end.
+
+    `nbytes` is the memory of what was taken so far, as it was handed out.
+    """
 
     def __init__(self, where: dict[str, Path]) -> None:
         self._where = where
@@ -61,6 +64,12 @@ class Weights:
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor of that name as float32, its shape checked against the config's."""
+        tensor = self.take_stored(name, *shape)
+        self.nbytes += tensor.nelement() * (4 - tensor.element_size())
+        return tensor.float()
+
+    def take_stored(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name in the checkpoint's own dtype."""
         file = self._where.pop(name, None)
         if file is None:
             raise ModelRefused(f"the checkpoint has no tensor {name}")
@@ -72,8 +81,8 @@ class Weights:
             raise ModelRefused(
                 f"tensor {name} is {tensor.dtype}; supported are float32, bfloat16 and float16"
             )
-        self.nbytes += tensor.nelement() * 4
-        return tensor.float()
+        self.nbytes += tensor.nbytes
+        return tensor
 
     def left(self) -> list[str]:
         """Names that were not taken."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from motet.adapters.checkpoint import load_checkpoint
-from motet.adapters.image import pack, write_image
+from motet.adapters.image import open_image, pack, write_image
+from motet.errors import MotetError
 from motet.types import ModelSpec, PreparedAdapter
 
 
 def prepare(source: Path, spec: ModelSpec, page_bytes: int, images: Path) -> PreparedAdapter:
-    """Check, digest and pack `source`; the image is written to `images` unless it is there already.
+    """Check, digest and pack `source`; the image is written to `images` unless a sound one is there.
 
     Raises AdapterRefused for files that do not bind to the base.
     """
     checkpoint = load_checkpoint(source, spec)
     image = pack(checkpoint, page_bytes)
     path = images / f"{checkpoint.digest}-{page_bytes}.image"
-    if not path.exists():
+    if not _is_sound(path):
         images.mkdir(parents=True, exist_ok=True)
         write_image(image, path)
     return PreparedAdapter(
@@ -28,3 +29,12 @@ def prepare(source: Path, spec: ModelSpec, page_bytes: int, images: Path) -> Pre
         num_pages=image.num_pages,
         size_bytes=image.num_pages * page_bytes,
     )
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether an image is there and its header, table and length are right."""
+    try:
+        open_image(path)
+    except (OSError, MotetError):
+        return False
+    return True
