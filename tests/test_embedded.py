@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from demo_data import DEMO_PROMPTS, Example, check, held_out
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from motet import LLM
 from motet.models.embedded import ensure_embedded
@@ -33,15 +34,17 @@ def chat_tokens(llm: LLM, prompt: str) -> list[int]:
     return llm.encode_chat([{"role": "user", "content": prompt}])
 
 
-def greedy_reference(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+def load_reference(adapter: str | None) -> Any:
+    """The model as transformers and PEFT run it, float32. Any: PEFT's and transformers' types do not meet."""
+    model: Any = AutoModelForCausalLM.from_pretrained(ensure_embedded(), dtype=torch.float32)
+    return (model if adapter is None else PeftModel.from_pretrained(model, ADAPTERS / adapter)).eval()
+
+
+def greedy_reference(model: Any, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
     with torch.inference_mode():
-        out = model.generate(  # type: ignore[operator]  # transformers types the mixin's method away
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=TOKENS,
-            do_sample=False,
-        )
+        mask = torch.ones_like(ids)
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
 
@@ -49,15 +52,11 @@ def greedy_reference(model: PreTrainedModel, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("name", [None, *NAMES])
 def test_greedy_text_equals_transformers_and_peft(llm: LLM, name: str | None) -> None:
     """All four are answered in one mixed batch here, and the one named alone there."""
-    prompts = {None: DEMO_PROMPTS["legal"], **{adapter: DEMO_PROMPTS[adapter] for adapter in NAMES}}
-    tokens = {adapter: chat_tokens(llm, prompt) for adapter, prompt in prompts.items()}
-    params = SamplingParams(max_tokens=TOKENS, temperature=0)
-    ours = llm.generate([tokens[adapter] for adapter in tokens], params, list(tokens))
-    model = AutoModelForCausalLM.from_pretrained(ensure_embedded(), dtype=torch.float32)
-    if name is not None:
-        model = PeftModel.from_pretrained(model, ADAPTERS / name)
-    model.eval()
-    assert list(ours[list(tokens).index(name)].token_ids) == greedy_reference(model, tokens[name])
+    adapters: list[str | None] = [None, *NAMES]
+    prompts = [chat_tokens(llm, DEMO_PROMPTS[adapter or "legal"]) for adapter in adapters]
+    ours = llm.generate(prompts, SamplingParams(max_tokens=TOKENS, temperature=0), adapters)
+    asked = adapters.index(name)
+    assert list(ours[asked].token_ids) == greedy_reference(load_reference(name), prompts[asked])
 
 
 @pytest.mark.parametrize("name", NAMES)

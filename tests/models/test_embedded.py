@@ -51,9 +51,8 @@ def tokenizer(moe: Path) -> Any:
 
 
 def _load(directory: Path) -> Any:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, report = load(directory, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report  # no missing, unexpected or mismatched key
     return model
 

@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.rule import Rule
 from rich.table import Table
 
-from motet.cli.service import EMBEDDED, run_server
-from motet.cli.settings import Settings
+from motet.cli.service import run_server
+from motet.cli.settings import EMBEDDED, Settings
 from motet.config import EngineConfig, ServerConfig
 
 PROMPTS = {

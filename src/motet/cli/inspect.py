@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from motet.adapters.describe import AdapterReport, describe
@@ -42,7 +43,7 @@ def _facts(report: AdapterReport) -> Table:
         "binds": _verdict(report),
     }
     for label, value in rows.items():
-        table.add_row(f"[bold]{label}[/bold]", value)
+        table.add_row(f"[bold]{label}[/bold]", escape(value))
     return table
 
 
@@ -58,7 +59,9 @@ def _modules(report: AdapterReport) -> Table:
         table.add_column(column, justify="left" if column == "module" else "right")
     for module in report.modules:
         rank = _span(module.min_rank, module.max_rank)
-        table.add_row(module.module, str(module.count), rank, _span(module.min_scaling, module.max_scaling))
+        table.add_row(
+            escape(module.module), str(module.count), rank, _span(module.min_scaling, module.max_scaling)
+        )
     return table
 
 

@@ -17,17 +17,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # it takes "[default: 8000]" for a style and swallows it
 )
-adapters_app = typer.Typer(help="Look into adapters.", no_args_is_help=True)
+adapters_app = typer.Typer(help="Look into adapters.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(adapters_app, name="adapters")
 
 DEMO_ADAPTERS = Path(__file__).parents[3] / "examples" / "adapters"
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Model directory or Hugging Face hub id; 'embedded' is the small model that Motet fetches."
-    ),
-]
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=PATH", help="Serve a PEFT LoRA directory; repeatable."),
@@ -36,7 +31,13 @@ Adapters = Annotated[
 
 @app.command()
 def serve(
-    model: Model = "embedded",
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Model directory or Hugging Face hub id; 'embedded' is the small model that Motet fetches. "
+            "[default: embedded]"
+        ),
+    ] = None,
     adapter: Adapters = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with [engine], [server] and [adapters]; options here win.")
@@ -94,7 +95,7 @@ def serve(
 
     def serving(url: str, _stop: object) -> None:
         names = ", ".join(settings.server.adapters) or "none"
-        console.print(f"serving on [bold]{url}/v1[/bold]; adapters: {names}; Ctrl-C stops")
+        console.print(f"serving on [bold]{url}/v1[/bold]; adapters: {names}; Ctrl-C stops", soft_wrap=True)
 
     asyncio.run(run_server(settings, console, serving, json_logs))
 
@@ -175,7 +176,7 @@ def main() -> None:
     try:
         app()
     except MotetError as error:
-        print(f"motet: {error}", file=sys.stderr)
+        print("motet:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
 
 

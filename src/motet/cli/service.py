@@ -12,11 +12,12 @@ import msgspec
 from rich.console import Console
 
 from motet.cli.progress import progress_bar
-from motet.cli.settings import Settings
+from motet.cli.settings import EMBEDDED, Settings
 from motet.config import cache_dir
 from motet.engine.client import EngineProcess
 from motet.engine.frontend import Frontend
 from motet.engine.loop import resolve_max_model_len
+from motet.errors import ConfigError
 from motet.memory.pool import page_bytes
 from motet.models.embedded import ensure_embedded
 from motet.models.registry import load_spec, locate
@@ -26,8 +27,6 @@ from motet.registry.catalog import Catalog
 from motet.registry.prepare import prepare
 from motet.server.app import create_app
 from motet.server.run import serve
-
-EMBEDDED = "embedded"
 
 
 def model_directory(model: str, console: Console) -> Path:
@@ -69,7 +68,11 @@ async def run_server(
             url = asyncio.get_running_loop().create_future()
             start = _start(client, frontend, catalog, settings.server.adapters, bar)
             started = asyncio.create_task(_announce(start, url, drain, on_serving))
-            await serve(app, settings.server, on_ready=url.set_result)
+            try:
+                await serve(app, settings.server, on_ready=url.set_result)
+            except SystemExit as error:  # uvicorn's, which has logged the reason
+                where = f"{settings.server.host}:{settings.server.port}"
+                raise ConfigError(f"cannot listen on {where}") from error
             started.cancel()
             await asyncio.gather(started, return_exceptions=True)
         finally:

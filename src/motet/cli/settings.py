@@ -12,6 +12,9 @@ import msgspec
 from motet.config import EngineConfig, ServerConfig
 from motet.errors import ConfigError
 
+EMBEDDED = "embedded"
+"""The name of the small model that Motet fetches itself; served when no other is named."""
+
 
 class Settings(msgspec.Struct, frozen=True):
     """What `motet serve` runs with."""
@@ -28,20 +31,18 @@ def read_settings(
     Raises ConfigError naming the file and the key at fault.
     """
     tables = _read(file) if file is not None else {}
-    unknown = set(tables) - {"engine", "server", "adapters"}
-    if unknown:
-        raise ConfigError(
-            f"{file}: unknown table [{sorted(unknown)[0]}]; there are [engine], [server] and [adapters]"
-        )
-    named = {**tables.get("adapters", {}), **dict(map(split_adapter, adapters))}
+    named = {**tables.get("adapters", {}), **_by_name(adapters)}
     merged = {
-        "engine": {**tables.get("engine", {}), **_given(engine)},
+        "engine": {"model": EMBEDDED, **tables.get("engine", {}), **_given(engine)},
         "server": {**tables.get("server", {}), **_given(server), "adapters": named},
     }
     try:
-        return msgspec.convert(merged, Settings)
+        settings = msgspec.convert(merged, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file or 'options'}: {error}") from error
+    if not 0 <= settings.server.port <= 65535:
+        raise ConfigError(f"port must be between 0 and 65535, got {settings.server.port}")
+    return settings
 
 
 def split_adapter(option: str) -> tuple[str, str]:
@@ -59,21 +60,39 @@ def parse_size(text: str) -> int:
     number, unit = (body[:-1], body[-1]) if body[-1:] in "kmgt" and body else (body, "")
     try:
         size = int(float(number) * units[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"{text!r} is not a size; write 512MiB, 2GiB or a number of bytes") from None
     if size <= 0:
         raise ConfigError(f"a size must be positive, got {text!r}")
     return size
 
 
+def _by_name(options: Sequence[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for name, path in map(split_adapter, options):
+        if name in named:
+            raise ConfigError(f"--adapter names {name!r} twice")
+        named[name] = path
+    return named
+
+
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """The tables of the file."""
     try:
-        return tomllib.loads(file.read_text())
+        tables = tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    for name, table in tables.items():
+        if name not in ("engine", "server", "adapters"):
+            raise ConfigError(f"{file}: unknown table [{name}]; there are [engine], [server] and [adapters]")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {name} must be a table, [{name}]")
+    if "adapters" in tables.get("server", {}):
+        raise ConfigError(f"{file}: adapters have a table of their own, [adapters], outside [server]")
+    return tables

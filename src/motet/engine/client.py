@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import queue
 import socket
 import subprocess
@@ -35,10 +36,12 @@ from motet.engine.messages import (
     Submit,
     frame,
     read_outbound,
+    typed_error,
 )
 from motet.errors import EngineDead, MotetError
 from motet.types import EngineStats, Request, SeqOutput
 
+logger = logging.getLogger(__name__)
 OnProgress = Callable[[str, float], None]
 SHUTDOWN_SECONDS = 10.0
 
@@ -52,7 +55,7 @@ class EngineClient(ABC):
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._numbers = itertools.count()
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        self._death: str | None = None
+        self._death: MotetError | None = None
 
     @property
     def alive(self) -> bool:
@@ -121,12 +124,12 @@ class EngineClient(ABC):
         self._send(make(number))
         reply = await future
         if reply.error is not None:
-            raise MotetError(reply.error)
+            raise typed_error(reply.error, reply.code)
         return reply
 
     def _check_alive(self) -> None:
         if self._death is not None:
-            raise EngineDead(self._death)
+            raise EngineDead("the engine stopped") from self._death
 
     def _dispatch(self, message: Message) -> None:
         match message:
@@ -141,8 +144,8 @@ class EngineClient(ABC):
                 self._on_progress(stage, fraction)
             case Ready():
                 self._ready.set_result(message)
-            case Fatal(error):
-                self._die(error)
+            case Fatal(error, code):
+                self._die(typed_error(error, code))
 
     def _deliver(self, output: SeqOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -152,13 +155,13 @@ class EngineClient(ABC):
         if output.finish is not None:
             del self._streams[output.request_id]
 
-    def _die(self, reason: str) -> None:
+    def _die(self, reason: MotetError) -> None:
+        """End everything; `reason` is what `started` raises, if it is still awaited."""
         if self._death is not None:
             return
         self._death = reason
-        error = EngineDead(reason)
         if not self._ready.done():
-            self._ready.set_exception(error)
+            self._ready.set_exception(reason)
             self._ready.exception()  # it may be that nobody waits for it
         for request_id in list(self._streams):
             self._deliver(
@@ -166,7 +169,7 @@ class EngineClient(ABC):
             )
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(EngineDead("the engine stopped"))
         self._calls.clear()
 
 
@@ -206,7 +209,7 @@ class EngineProcess(EngineClient):
             while True:
                 self._dispatch(await read_outbound(reader))
         except (asyncio.IncompleteReadError, ConnectionError, ValueError, msgspec.DecodeError) as error:
-            self._die(f"the engine process ended: {error}")
+            self._die(EngineDead(f"the engine process ended: {error}"))
         finally:
             self._writer.close()
 
@@ -237,20 +240,24 @@ class EngineThread(EngineClient):
     def _run(self, config: EngineConfig) -> None:
         # Imported here so that a server with its engine in another process never loads torch.
         from motet.engine.loop import Engine
-        from motet.engine.process import serve
+        from motet.engine.process import fatal, serve
 
         def send(message: Message) -> None:
             self._loop.call_soon_threadsafe(self._dispatch, message)
 
         try:
             engine = Engine(config, lambda stage, fraction: send(Progress(stage, fraction)))
-            send(Ready(engine.spec, engine.runner.pool.page_bytes, engine.max_model_len))
-            serve(engine, self._inbox, send)
-            engine.close()
-        except Exception as error:  # noqa: BLE001  # whatever it is, the streams must end with it
-            send(Fatal(str(error), getattr(error, "code", "internal_error")))
+            try:
+                send(Ready(engine.spec, engine.runner.pool.page_bytes, engine.max_model_len))
+                serve(engine, self._inbox, send)
+            finally:
+                engine.close()
+        except Exception as error:  # whatever it is, the streams must end with it
+            if not isinstance(error, MotetError):
+                logger.exception("the engine failed")
+            send(fatal(error))
 
     async def close(self) -> None:
         self._inbox.put(Shutdown())
         await asyncio.to_thread(self._thread.join)
-        self._die("the engine was closed")
+        self._die(EngineDead("the engine was closed"))

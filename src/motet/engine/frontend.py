@@ -13,17 +13,11 @@ import msgspec
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from motet import errors
 from motet.engine.client import EngineClient
 from motet.engine.detokenize import Detokenizer
-from motet.errors import InvalidRequest, MotetError
+from motet.engine.messages import typed_error
+from motet.errors import InvalidRequest, ModelRefused
 from motet.types import Delta, EngineStats, Request, SamplingParams, SeqOutput
-
-_ERRORS: dict[str, type[MotetError]] = {
-    kind.code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, MotetError)
-}
 
 
 class Frontend:
@@ -32,7 +26,7 @@ class Frontend:
     def __init__(self, client: EngineClient, directory: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise errors.ModelRefused(f"{directory} has no fast tokenizer (tokenizer.json)")
+            raise ModelRefused(f"{directory} has no fast tokenizer (tokenizer.json)")
         self._tokenizer = tokenizer
         self._client = client
         self._open = False
@@ -94,7 +88,7 @@ class Frontend:
                 if texts[i].stopped:
                     continue  # what came between the stop string and the engine's end of the request
                 if output.finish == "error" and not began:
-                    raise _ERRORS.get(output.code or "", MotetError)(output.error or "the engine failed")
+                    raise typed_error(output.error or "the engine failed", output.code)
                 began = True
                 delta = _delta(i, output, texts[i])
                 if texts[i].stopped and output.finish is None:

@@ -8,6 +8,8 @@ import struct
 
 import msgspec
 
+from motet import errors
+from motet.errors import MotetError
 from motet.types import EngineStats, ModelSpec, Request, SeqOutput
 
 HEADER = struct.Struct("<I")
@@ -78,10 +80,11 @@ class Outputs(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """Engine → server: the answer to call `call`."""
+    """Engine → server: the answer to call `call`; a failed one has the message and the code of its error."""
 
     call: int
     error: str | None = None
+    code: str | None = None
     stats: EngineStats | None = None
 
 
@@ -94,6 +97,18 @@ class Fatal(Message, frozen=True):
 
 Inbound = Submit | Abort | Register | Forget | GetStats | Shutdown
 Outbound = Progress | Ready | Outputs | Reply | Fatal
+
+_ERRORS: dict[str, type[MotetError]] = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, MotetError)
+}
+
+
+def typed_error(message: str, code: str | None) -> MotetError:
+    """An error that came over the wire, of its own class again."""
+    return _ERRORS.get(code or "", MotetError)(message)
+
 
 _encoder = msgspec.msgpack.Encoder()
 _inbound = msgspec.msgpack.Decoder(Inbound)

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from motet.engine.messages import (
     frame,
     read_inbound,
 )
-from motet.errors import MotetError
+from motet.errors import EngineDead, MotetError
 from motet.types import SeqOutput
 
 Send = Callable[[Message], None]
@@ -74,11 +73,18 @@ def handle(engine: Engine, message: Inbound, send: Send) -> None:
             send(Reply(call, stats=engine.stats()))
 
 
+def fatal(error: BaseException) -> Fatal:
+    """What the other side is told of an error that ends the engine, in one line."""
+    if isinstance(error, MotetError):
+        return Fatal(str(error), error.code)
+    return Fatal(f"the engine failed: {type(error).__name__}: {error}", EngineDead.code)
+
+
 def _reply(call: int, send: Send, action: Callable[[], None]) -> None:
     try:
         action()
     except MotetError as error:
-        send(Reply(call, error=str(error)))
+        send(Reply(call, error=str(error), code=error.code))
     else:
         send(Reply(call))
 
@@ -92,8 +98,10 @@ def main() -> int:
     """Entry point of the child process."""
     config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
     stream = socket.socket(fileno=int(sys.argv[2]))
-    # A terminal's Ctrl-C reaches the whole group; the server decides when the engine leaves.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and supervisors signal every process of a service; the server decides when the engine leaves, after
+    # the work in flight, and its end is the end of the socket.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
     def send(message: Message) -> None:
         stream.sendall(frame(message))
@@ -107,10 +115,10 @@ def main() -> int:
     except (BrokenPipeError, ConnectionResetError):
         return 0
     except MotetError as error:
-        send(Fatal(str(error), error.code))
+        send(fatal(error))
         return 1
-    except BaseException:
-        send(Fatal(traceback.format_exc(), "internal_error"))
+    except BaseException as error:
+        send(fatal(error))
         raise
     return 0
 

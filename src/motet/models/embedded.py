@@ -158,9 +158,13 @@ def _fetch(scratch: Path, wheel: Path, report: Progress) -> Path:
     environment = os.environ | {"TMPDIR": str(scratch)}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        while process.poll() is None:
-            report("fetch", min(_bytes_of_wheels(scratch) / _WHEEL_BYTES, 1.0))
-            time.sleep(0.1)
+        try:
+            while process.poll() is None:
+                report("fetch", min(_bytes_of_wheels(scratch) / _WHEEL_BYTES, 1.0))
+                time.sleep(0.1)
+        finally:
+            process.kill()  # of a finished process, this does nothing; an interrupted one must not go on
+            process.wait()
     fetched = scratch / _WHEEL
     if process.returncode != 0 or not fetched.exists():
         tail = " ".join(log.read_text(errors="replace").split())[-600:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -54,10 +55,12 @@ def load_spec(directory: Path, name: str | None = None) -> ModelSpec:
     return spec
 
 
-def load_model(directory: Path, max_positions: int) -> LoadedModel:
-    """The model with every weight of its checkpoint accounted for."""
+def load_model(
+    directory: Path, max_positions: int, on_progress: Callable[[float], None] = lambda _fraction: None
+) -> LoadedModel:
+    """The model with every weight of its checkpoint accounted for; `on_progress` gets the fraction read."""
     config, architecture = _read(directory)
-    with open_weights(directory) as weights:
+    with open_weights(directory, on_progress) as weights:
         decoder: Decoder = architecture.build(config, weights, max_positions)
     _return_freed_memory()
     return LoadedModel(decoder, weights.nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,8 +55,10 @@ class Weights:
     `nbytes` is the memory of what was taken so far, as it was handed out.
     """
 
-    def __init__(self, where: dict[str, Path]) -> None:
+    def __init__(self, where: dict[str, Path], on_progress: Callable[[float], None]) -> None:
         self._where = where
+        self._total = len(where)
+        self._on_progress = on_progress
         self.nbytes = 0
 
     def __contains__(self, name: str) -> bool:
@@ -82,6 +84,7 @@ class Weights:
                 f"tensor {name} is {tensor.dtype}; supported are float32, bfloat16 and float16"
             )
         self.nbytes += tensor.nbytes
+        self._on_progress(1 - len(self._where) / self._total)
         return tensor
 
     def left(self) -> list[str]:
@@ -90,13 +93,18 @@ class Weights:
 
 
 @contextmanager
-def open_weights(directory: Path) -> Iterator[Weights]:
-    """All tensors of a model directory; leaving the block with tensors not taken raises ModelRefused."""
+def open_weights(
+    directory: Path, on_progress: Callable[[float], None] = lambda _fraction: None
+) -> Iterator[Weights]:
+    """All tensors of a model directory; leaving the block with tensors not taken raises ModelRefused.
+
+    `on_progress` is told the fraction of tensors taken after each.
+    """
     where: dict[str, Path] = {}
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as handle:
             where.update(dict.fromkeys(handle.keys(), file))
-    weights = Weights(where)
+    weights = Weights(where, on_progress)
     yield weights
     left = [name for name in weights.left() if not name.endswith("rotary_emb.inv_freq")]
     if left:
