@@ -51,6 +51,13 @@ class ModelRefused(MotetError):
     code = "model_refused"
 
 
+class AdapterLoadFailed(MotetError):
+    """An adapter that was accepted could not be loaded into the pool now; a later request tries again."""
+
+    status = 503
+    code = "adapter_load_failed"
+
+
 class CapacityExceeded(MotetError):
     """The pool is too small for this request even when nothing else runs."""
 

@@ -206,7 +206,7 @@ class AdapterRecord(Struct, frozen=True):
 class EngineStats(Struct, frozen=True):
     """A snapshot of the engine for metrics and health. Pages are counts of pool pages.
 
-    `residency` maps digest → absent, loading or ready; the counters only grow.
+    `residency` maps digest → absent, loading, ready or draining; the counters only grow.
     """
 
     running: int = 0

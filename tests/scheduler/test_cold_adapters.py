@@ -63,8 +63,8 @@ def test_a_failed_load_ends_those_who_waited_and_the_next_request_tries_again() 
     driver.add("base", 5)
     driver.step()
     assert driver.scheduler.adapter_failed("x", "bad disk") == [
-        SeqOutput("a", finish="error", error="bad disk"),
-        SeqOutput("b", finish="error", error="bad disk"),
+        SeqOutput("a", finish="error", error="bad disk", code="adapter_load_failed"),
+        SeqOutput("b", finish="error", error="bad disk", code="adapter_load_failed"),
     ]
     driver.scheduler.check_integrity()
     assert driver.state("x") == "absent"

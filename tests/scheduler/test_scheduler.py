@@ -277,17 +277,6 @@ def test_the_oldest_is_never_preempted() -> None:
     assert len([o for o in driver.run(12) if o.request_id == "old"]) == 12
 
 
-def test_preemption_before_anything_was_computed_loses_nothing() -> None:
-    driver = Driver(num_pages=3)
-    driver.add("old", 4, max_tokens=6)
-    driver.step()
-    driver.add("young", 1, max_tokens=1)
-    driver.plan()
-    driver.add("younger", 1, max_tokens=1)
-    outputs = driver.finish()
-    assert sorted(output.request_id for output in outputs if output.finish) == ["old", "young", "younger"]
-
-
 def test_idle_prefix_pages_go_before_anyone_is_preempted() -> None:
     driver = Driver(num_pages=6)
     driver.add("gone", 8, max_tokens=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,29 +32,33 @@ class LoadResult:
 class Pager:
     """One thread that serves loads in the order they were planned."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, on_finished: Callable[[], None]) -> None:
+        """`on_finished` is called from the pager's thread after each load."""
         self._pool = pool
+        self._on_finished = on_finished
+        self._under_way = 0
         self._todo: queue.SimpleQueue[tuple[Load, Path] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
-        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="motet-pager", daemon=True)
         self._thread.start()
 
     def start(self, load: Load, image: Path) -> None:
         """Queue a copy; returns at once."""
+        self._under_way += 1
         self._todo.put((load, image))
 
     def finished(self) -> list[LoadResult]:
         """Loads that ended since the last call."""
-        self._wake.clear()
         results = []
         while not self._done.empty():
             results.append(self._done.get())
+        self._under_way -= len(results)
         return results
 
-    def wait(self, seconds: float) -> None:
-        """Sleep until a load ends, at most `seconds`."""
-        self._wake.wait(seconds)
+    @property
+    def busy(self) -> bool:
+        """Whether a load has begun and `finished` has not told its end."""
+        return self._under_way > 0
 
     def close(self) -> None:
         """End the thread after the load in progress."""
@@ -70,7 +75,7 @@ class Pager:
             except (MotetError, OSError, ValueError) as failure:
                 error = f"adapter {load.digest[:12]} could not be loaded: {failure}"
             self._done.put(LoadResult(load, image, error, time.monotonic() - began))
-            self._wake.set()
+            self._on_finished()
 
     def _copy(self, load: Load, path: Path) -> AdapterImage:
         image = open_image(path)

@@ -25,7 +25,7 @@ from motet.engine.messages import (
     Fatal,
     Forget,
     GetStats,
-    Inbound,
+    Inbox,
     Message,
     Outputs,
     Progress,
@@ -34,6 +34,7 @@ from motet.engine.messages import (
     Reply,
     Shutdown,
     Submit,
+    Wake,
     frame,
     read_outbound,
     typed_error,
@@ -182,8 +183,12 @@ class EngineProcess(EngineClient):
         with theirs:
             command = [sys.executable, "-m", "motet.engine.process"]
             arguments = [msgspec.json.encode(config).decode(), str(theirs.fileno())]
+            # In a session of its own, where a terminal's Ctrl-C does not reach it, not even during its imports.
             self._process = subprocess.Popen(
-                [*command, *arguments], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                [*command, *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self._socket = ours
         self._writer: asyncio.StreamWriter | None = None
@@ -229,7 +234,7 @@ class EngineThread(EngineClient):
 
     def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
         super().__init__(on_progress)
-        self._inbox: queue.SimpleQueue[Inbound | None] = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, args=(config,), name="motet-engine", daemon=True)
         self._thread.start()
@@ -246,7 +251,11 @@ class EngineThread(EngineClient):
             self._loop.call_soon_threadsafe(self._dispatch, message)
 
         try:
-            engine = Engine(config, lambda stage, fraction: send(Progress(stage, fraction)))
+            engine = Engine(
+                config,
+                lambda stage, fraction: send(Progress(stage, fraction)),
+                lambda: self._inbox.put(Wake()),
+            )
             try:
                 send(Ready(engine.spec, engine.runner.pool.page_bytes, engine.max_model_len))
                 serve(engine, self._inbox, send)

@@ -28,7 +28,13 @@ class Engine:
     Not thread-safe: one thread calls its methods between steps.
     """
 
-    def __init__(self, config: EngineConfig, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: Progress | None = None,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_progress` hears the stages of starting; `on_loaded` is called from another thread when a load ends."""
         progress = on_progress or (lambda _stage, _fraction: None)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -41,7 +47,7 @@ class Engine:
         self.runner = Runner(model.decoder, pool)
         progress("warming up kernels", 0.9)
         self.runner.warm_up()
-        self.pager = Pager(pool)
+        self.pager = Pager(pool, on_loaded)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 page_tokens=config.page_tokens,
@@ -58,6 +64,7 @@ class Engine:
         self._steps = 0
         self._loads = 0
         self._load_seconds = 0.0
+        self._stalled = False
         progress("ready", 1.0)
 
     def step(self) -> list[SeqOutput]:
@@ -70,7 +77,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step could make progress now or once a load ends."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.pager.busy
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether another step is of no use before a load ends or a message comes."""
+        return not self.has_work or (self._stalled and self.pager.busy)
 
     def add(self, request: Request) -> list[SeqOutput]:
         """Accept a request; one that cannot be served ends at once with its error."""
@@ -113,10 +125,8 @@ class Engine:
         for load in plan.loads:
             self.pager.start(load, self._images[load.digest])
         sampled = self.runner.execute(plan, self._sampling_row)
-        if plan.chunks:
-            self._steps += 1
-        else:
-            self.pager.wait(0.05)
+        self._steps += bool(plan.chunks)
+        self._stalled = not plan.chunks
         return sampled
 
     def _collect_loads(self) -> list[SeqOutput]:

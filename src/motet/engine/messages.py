@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import socket
 import struct
 
@@ -96,6 +97,15 @@ class Fatal(Message, frozen=True):
 
 
 Inbound = Submit | Abort | Register | Forget | GetStats | Shutdown
+
+
+class Wake:
+    """Never on the wire: the pager tells the loop that a load has ended."""
+
+
+Inbox = queue.SimpleQueue[Inbound | Wake | None]
+"""What the engine's loop reads; None is the end."""
+
 Outbound = Progress | Ready | Outputs | Reply | Fatal
 
 _ERRORS: dict[str, type[MotetError]] = {

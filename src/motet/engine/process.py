@@ -25,6 +25,7 @@ from motet.engine.messages import (
     Forget,
     GetStats,
     Inbound,
+    Inbox,
     Message,
     Outputs,
     Progress,
@@ -33,6 +34,7 @@ from motet.engine.messages import (
     Reply,
     Shutdown,
     Submit,
+    Wake,
     frame,
     read_inbound,
 )
@@ -42,16 +44,17 @@ from motet.types import SeqOutput
 Send = Callable[[Message], None]
 
 
-def serve(engine: Engine, inbox: queue.SimpleQueue[Inbound | None], send: Send) -> None:
+def serve(engine: Engine, inbox: Inbox, send: Send) -> None:
     """Run steps while there is work, sleep while there is none, until the inbox gives None or Shutdown."""
     while True:
-        block = not engine.has_work
+        block = engine.must_wait
         while block or not inbox.empty():
             message = inbox.get()
             block = False
             if message is None or isinstance(message, Shutdown):
                 return
-            handle(engine, message, send)
+            if not isinstance(message, Wake):
+                handle(engine, message, send)
         if engine.has_work:
             _send_outputs(engine.step(), send)
 
@@ -98,18 +101,20 @@ def main() -> int:
     """Entry point of the child process."""
     config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
     stream = socket.socket(fileno=int(sys.argv[2]))
-    # Ctrl-C and supervisors signal every process of a service; the server decides when the engine leaves, after
-    # the work in flight, and its end is the end of the socket.
+    # Supervisors signal every process of a service at once. The server decides when the engine leaves, after the
+    # work in flight; should the server be gone, the socket ends and so does the engine.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
     def send(message: Message) -> None:
         stream.sendall(frame(message))
 
-    inbox: queue.SimpleQueue[Inbound | None] = queue.SimpleQueue()
+    inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read, args=(stream, inbox), name="motet-inbox", daemon=True).start()
     try:
-        engine = Engine(config, lambda stage, fraction: send(Progress(stage, fraction)))
+        engine = Engine(
+            config, lambda stage, fraction: send(Progress(stage, fraction)), lambda: inbox.put(Wake())
+        )
         send(Ready(engine.spec, engine.runner.pool.page_bytes, engine.max_model_len))
         serve(engine, inbox, send)
     except (BrokenPipeError, ConnectionResetError):
@@ -123,7 +128,7 @@ def main() -> int:
     return 0
 
 
-def _read(stream: socket.socket, inbox: queue.SimpleQueue[Inbound | None]) -> None:
+def _read(stream: socket.socket, inbox: Inbox) -> None:
     """Move messages from the socket to the inbox; the server's end closing is the last message."""
     try:
         while (message := read_inbound(stream)) is not None:

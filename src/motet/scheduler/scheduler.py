@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from heapq import merge
 
 from motet.adapters.residency import Residency, Victim, cost_to_lose
-from motet.errors import InvalidRequest
+from motet.errors import AdapterLoadFailed, InvalidRequest
 from motet.memory.pages import PageAllocator
 from motet.memory.prefix import PrefixIndex, extend_keys
 from motet.scheduler.admission import check_capacity, check_length, choose_victims, pages_for
@@ -109,7 +109,8 @@ class Scheduler:
         for seq in group:
             self._leave(seq)
         self._residency.failed(digest)
-        return [SeqOutput(seq.request.id, finish="error", error=reason) for seq in group]
+        code = AdapterLoadFailed.code
+        return [SeqOutput(seq.request.id, finish="error", error=reason, code=code) for seq in group]
 
     # Requests
 
@@ -382,4 +383,4 @@ class Scheduler:
             assert seq.computed < len(seq.tokens)
             assert seq.computed <= len(seq.pages) * self._config.page_tokens
             assert len(seq.pages) <= seq.max_pages
-        assert not any(seq.is_running for seq in self._waiting)
+        assert not any(seq.is_running or seq.computed for seq in self._waiting)

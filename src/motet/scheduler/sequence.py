@@ -1,4 +1,4 @@
-"""The scheduler's private, mutable state of one sequence; what others see of it are chunks and outputs."""
+"""The mutable state of one sequence. Only the scheduler changes it; the sampler reads its tokens."""
 
 from __future__ import annotations
 
