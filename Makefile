@@ -14,8 +14,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## one concurrent batch: the base and three fine-tunes, side by side
 	$(BIN)/motet demo
 
-serve: $(STAMP)  ## the same server, staying up on port 8000
-	$(BIN)/motet serve --demo-adapters
+serve: $(STAMP)  ## the same server, staying up on port 8000; MODEL=... serves another model
+	$(BIN)/motet serve $(if $(MODEL),$(MODEL),--demo-adapters)
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -384,40 +384,6 @@ def test_load_replace_and_unload_while_serving(client: openai.OpenAI, server: Li
     assert [model.id for model in client.models.list()] == [BASE, *ADAPTERS]
 
 
-def test_replacing_under_traffic_fails_no_request(
-    client: openai.OpenAI, server: LiveServer, home: Path
-) -> None:
-    """Every answer is the one of the old weights or of the new ones."""
-    answers = set()
-    for colour in ("red", "blue"):
-        body = {"lora_name": "flag", "lora_path": str(home / colour), "replace": True}
-        assert server.post("/v1/load_lora_adapter", body).status_code == 200
-        answers.add(solo(client, "flag", max_tokens=12))
-
-    async def change(answered: asyncio.Event) -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as admin:
-            for turn in itertools.count():
-                path = str(home / ("red", "blue")[turn % 2])
-                body = {"lora_name": "flag", "lora_path": path, "replace": True}
-                assert (await admin.post("/v1/load_lora_adapter", json=body)).status_code == 200
-                if answered.is_set():
-                    return
-
-    async def scenario() -> list[str]:
-        async with many(server) as company:
-            answered = asyncio.Event()
-            changes = asyncio.create_task(change(answered))
-            found: list[str] = []
-            for _ in range(15):
-                found += await asyncio.gather(*(greedy(company, "flag", max_tokens=12) for _ in range(6)))
-            answered.set()
-            await changes
-            return found
-
-    assert set(asyncio.run(scenario())) == answers
-    assert server.post("/v1/unload_lora_adapter", {"lora_name": "flag"}).status_code == 200
-
-
 # Bad input, one client's
 
 CHAT, COMPLETIONS, LOAD = "/v1/chat/completions", "/v1/completions", "/v1/load_lora_adapter"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,18 +17,19 @@ from motet.engine.sampler import SamplingRow, sample
 from motet.registry.prepare import prepare
 from motet.types import BASE, Request, Sampled, SamplingParams
 from tests.close import assert_close
-from tests.tiny import VOCAB, load_reference, write_adapter, write_expert_adapter, write_model
+from tests.tiny import KINDS, VOCAB, load_reference, write_adapter, write_expert_adapter, write_model
 
 Logits = dict[tuple[int, ...], list[Tensor]]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def _llama_adapters(folder: Path, model: Path) -> list[Path]:
+def _dense_adapters(folder: Path, model: Path, kind: str) -> list[Path]:
     def write(name: str, seed: int, **config: object) -> Path:
-        return write_adapter(folder / name, model, "llama", seed, **config)
+        return write_adapter(folder / name, model, kind, seed, **config)
 
+    every = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
     return [
-        write("all", 1, r=8, lora_alpha=16, target_modules=[*ATTENTION, "gate_proj", "up_proj", "down_proj"]),
+        write("all", 1, r=8, lora_alpha=16, target_modules=every),
         write("attention", 2, r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"]),
         write("one-layer", 3, r=33, lora_alpha=8, target_modules=["down_proj", "k_proj"], layers_to_transform=[1]),
         write(
@@ -38,18 +39,20 @@ def _llama_adapters(folder: Path, model: Path) -> list[Path]:
     ]  # fmt: skip
 
 
-def _mixtral_adapters(folder: Path, model: Path) -> list[Path]:
+def _moe_adapters(folder: Path, model: Path, kind: str) -> list[Path]:
     def write(name: str, seed: int, **config: object) -> Path:
-        return write_adapter(folder / name, model, "mixtral", seed, **config)
+        return write_adapter(folder / name, model, kind, seed, **config)
 
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    return [
+    found = [
         write("fused", 1, r=5, lora_alpha=10, target_modules=ATTENTION, target_parameters=experts),
         write("attention", 2, r=16, lora_alpha=16, target_modules=["q_proj", "o_proj"]),
         write("down-only", 3, r=2, lora_alpha=8, target_modules=[], target_parameters=experts[1:]),
-        write_expert_adapter(folder / "per-expert", model, 4, rank=6),
         write("one-layer", 5, r=24, lora_alpha=8, target_modules=["v_proj"], layers_to_transform=[2]),
     ]
+    if kind == "mixtral":
+        found.append(write_expert_adapter(folder / "per-expert", model, 4, rank=6))
+    return found
 
 
 def _reference(model: Path, kind: str, adapter: Path | None, tokens: Sequence[int]) -> Tensor:
@@ -76,12 +79,11 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> Logits:
     return seen
 
 
-@pytest.mark.parametrize(("kind", "adapters"), [("llama", _llama_adapters), ("mixtral", _mixtral_adapters)])
-def test_mixed_batch_matches_peft(
-    kind: str, adapters: Callable[[Path, Path], list[Path]], tmp_path: Path, logits: Logits
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_batch_matches_peft(kind: str, tmp_path: Path, logits: Logits) -> None:
     model = write_model(tmp_path / "model", kind)
-    folders: list[Path | None] = [None, *adapters(tmp_path, model), None]
+    adapters = _moe_adapters if "num_experts_per_tok" in KINDS[kind][2] else _dense_adapters
+    folders: list[Path | None] = [None, *adapters(tmp_path, model, kind), None]
     # 17 tokens a step cut the prompts into chunks of odd lengths, mixed with decode rows of requests that are ahead.
     engine = Engine(EngineConfig(model=str(model), pool_bytes=4 << 20, page_tokens=5, max_step_tokens=17))
     generator = torch.Generator().manual_seed(9)

@@ -12,10 +12,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB = 290
@@ -31,6 +37,19 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
+_MOE = {"num_experts_per_tok": 2}
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 16}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {**_MOE, "num_local_experts": 4, "sliding_window": None}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {**_MOE, "num_experts": 6, "moe_intermediate_size": 40, "head_dim": 16, "mlp_only_layers": [1]},
+    ),
+}
+"""Architectures by name: config class, model class, and what the config has beside SHAPE."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -38,16 +57,10 @@ CHAT_TEMPLATE = (
 
 
 def write_model(folder: Path, kind: str, seed: int = 0, **overrides: Any) -> Path:
-    """A random fp32 model of `kind` (llama or mixtral) with a byte-level tokenizer; returns its directory."""
+    """A random fp32 model of `kind` (a key of KINDS) with a byte-level tokenizer; returns its directory."""
     torch.manual_seed(seed)
-    config = {**SHAPE, **overrides}
-    model: PreTrainedModel
-    if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**config))
-    else:
-        model = MixtralForCausalLM(
-            MixtralConfig(**config, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
-        )
+    config, model_class, options = KINDS[kind]
+    model: PreTrainedModel = model_class(config(**{**SHAPE, **options, **overrides}))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.08 if "gate.weight" not in name else 0.5)
@@ -106,7 +119,6 @@ def write_expert_adapter(folder: Path, model: Path, seed: int, rank: int) -> Pat
 
 def load_reference(model: Path, kind: str) -> PreTrainedModel:
     """The model as transformers runs it, fp32."""
-    cls = LlamaForCausalLM if kind == "llama" else MixtralForCausalLM
-    reference: PreTrainedModel = cls.from_pretrained(model, dtype=torch.float32)
+    reference: PreTrainedModel = KINDS[kind][1].from_pretrained(model, dtype=torch.float32)
     reference.train(False)
     return reference

@@ -87,8 +87,8 @@ def test_lora_add_matches_plain_mathematics(ranks: list[list[int]], lengths: lis
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9, 70])
-@pytest.mark.parametrize("skew", [False, True])
-def test_moe_with_adapters_matches_reference(rows: int, skew: bool) -> None:
+@pytest.mark.parametrize(("skew", "normalise"), [(False, True), (True, True), (False, False)])
+def test_moe_with_adapters_matches_reference(rows: int, skew: bool, normalise: bool) -> None:
     hidden, wide, experts, top_k = 24, 40, 5, 2
     shapes = [(hidden, wide), (hidden, wide), (wide, hidden)] * experts
     table, _ = make_table(shapes, [[4], [3], [9, 1]])
@@ -100,10 +100,11 @@ def test_moe_with_adapters_matches_reference(rows: int, skew: bool) -> None:
     slots = torch.from_numpy(np.sort(np.random.default_rng(0).integers(-1, 3, rows)).astype(np.int32))
     x = torch.randn(rows, hidden)
     lora = ExpertLora(table, 0, slots)
-    expected = moe_torch(x, router, gate_up, down, top_k, lora)
+    expected = moe_torch(x, router, gate_up, down, top_k, normalise, lora)
     packed = [PackedWeight(w) for w in gate_up], [PackedWeight(w) for w in down]
-    assert_close(moe(x, PackedWeight(router), *packed, top_k, lora), expected)
-    assert_close(moe(x, PackedWeight(router), *packed, top_k), moe_torch(x, router, gate_up, down, top_k))
+    assert_close(moe(x, PackedWeight(router), *packed, top_k, normalise, lora), expected)
+    plain = moe_torch(x, router, gate_up, down, top_k, normalise)
+    assert_close(moe(x, PackedWeight(router), *packed, top_k, normalise), plain)
 
 
 def test_adapters_of_others_change_no_bit_of_a_base_row() -> None:
@@ -113,6 +114,6 @@ def test_adapters_of_others_change_no_bit_of_a_base_row() -> None:
     down = [PackedWeight(torch.randn(hidden, wide)) for _ in range(experts)]
     router, x = PackedWeight(torch.randn(experts, hidden)), torch.randn(6, hidden)
     slots = torch.tensor([-1, -1, -1, 0, 0, 0], dtype=torch.int32)
-    mixed = moe(x, router, gate_up, down, 2, ExpertLora(table, 0, slots))
-    alone = moe(x[:3].contiguous(), router, gate_up, down, 2)
+    mixed = moe(x, router, gate_up, down, 2, True, ExpertLora(table, 0, slots))
+    alone = moe(x[:3].contiguous(), router, gate_up, down, 2, True)
     assert torch.equal(mixed[:3], alone)

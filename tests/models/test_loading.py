@@ -29,7 +29,7 @@ def last_logits(model: Path) -> Tensor:
     pool = Pool(spec, 1 << 20, 16)
     plan = Plan(chunks=(Chunk(0, TOKENS, 0, (4, 0, 2, 1, 3), "", True),))
     with torch.inference_mode():
-        logits = load_model(model, 256).decoder(
+        logits = load_model(model, spec, 256).decoder(
             build_inputs(plan, pool, AdapterTable(len(spec.sites), pool)).batch
         )
     return logits[0]
@@ -117,7 +117,7 @@ def test_unsupported_rope_is_refused_by_name(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = write_model(tmp_path, "llama", rope_parameters=rope)
     with pytest.raises(ModelRefused, match="dynamic"):
-        load_model(model, 64)
+        load_model(model, load_spec(model), 64)
 
 
 def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
@@ -129,16 +129,16 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
 
     save({**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})
     with pytest.raises(ModelRefused, match=r"q_proj\.bias"):
-        load_model(model, 64)
+        load_model(model, load_spec(model), 64)
     save({name: tensor for name, tensor in weights.items() if "layers.2.mlp.up" not in name})
     with pytest.raises(ModelRefused, match=r"layers\.2\.mlp\.up_proj"):
-        load_model(model, 64)
+        load_model(model, load_spec(model), 64)
     save({**weights, "model.norm.weight": torch.zeros(47)})
     with pytest.raises(ModelRefused, match=r"model\.norm\.weight is \(47,\)"):
-        load_model(model, 64)
+        load_model(model, load_spec(model), 64)
     save({**weights, "model.norm.weight": torch.zeros(48, dtype=torch.int8)})
     with pytest.raises(ModelRefused, match="int8"):
-        load_model(model, 64)
+        load_model(model, load_spec(model), 64)
 
 
 def test_missing_places_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

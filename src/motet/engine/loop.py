@@ -41,7 +41,9 @@ class Engine:
         directory = locate(config.model)
         self.spec = load_spec(directory)
         self.max_model_len = max_len = resolve_max_model_len(config, self.spec)
-        model = load_model(directory, max_len, lambda fraction: progress("reading weights", 0.8 * fraction))
+        model = load_model(
+            directory, self.spec, max_len, lambda fraction: progress("reading weights", 0.8 * fraction)
+        )
         progress("reserving memory", 0.8)
         pool = Pool(self.spec, config.pool_bytes, config.page_tokens)
         self.runner = Runner(model.decoder, pool)

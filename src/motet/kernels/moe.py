@@ -1,7 +1,7 @@
 """Mixture of experts: routing, one sort by (expert, adapter), expert products, weighted combine.
 
 Semantics, for token t with router logits g[t] = x[t] @ router.T:
-    p = softmax(g[t]); E_t = the k experts of largest p; w_e = p_e / sum_{E_t} p
+    p = softmax(g[t]); E_t = the k experts of largest p; w_e = p_e, with `normalise` p_e / sum_{E_t} p
     out[t] = sum_{e in E_t} w_e · down_e(silu(gate_e x[t]) * up_e x[t])
     where gate_e, up_e and down_e include the update of token t's adapter for expert e.
     x: [T, H] float32; gate_up: per expert [2·I, H]; down: per expert [H, I].
@@ -51,14 +51,15 @@ class ExpertLora:
 
 def moe_torch(
     x: Tensor, router: Tensor, gate_up: Sequence[Tensor], down: Sequence[Tensor], top_k: int,
-    lora: ExpertLora | None = None,
+    normalise: bool, lora: ExpertLora | None = None,
 ) -> Tensor:  # fmt: skip
     """Reference: token by token, expert by expert."""
     out = torch.zeros_like(x)
     probabilities = torch.softmax(x @ router.T, dim=-1)
     for t in range(x.shape[0]):
         weights, experts = probabilities[t].topk(top_k)
-        for weight, expert in zip(weights / weights.sum(), experts.tolist(), strict=True):
+        weights = weights / weights.sum() if normalise else weights
+        for weight, expert in zip(weights, experts.tolist(), strict=True):
             row = x[t : t + 1]
             slot = -1 if lora is None else int(lora.slots[t])
             one = [Segment(0, 1, slot, 3 * expert)] if slot >= 0 else []
@@ -76,10 +77,10 @@ def moe_torch(
 
 def moe(
     x: Tensor, router: PackedWeight, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], top_k: int,
-    lora: ExpertLora | None = None,
+    normalise: bool, lora: ExpertLora | None = None,
 ) -> Tensor:  # fmt: skip
     """x [T, H] to [T, H]; see the module's semantics."""
-    routing = route(linear(x, router), top_k, lora)
+    routing = route(linear(x, router), top_k, normalise, lora)
     rows = x[routing.token]
     h = _grouped(rows, gate_up, routing)
     if lora is not None and routing.lora is not None:
@@ -92,11 +93,12 @@ def moe(
     return (o[routing.inverse] * routing.weight[..., None]).sum(1)
 
 
-def route(logits: Tensor, top_k: int, lora: ExpertLora | None) -> Routing:
-    """logits [T, E] float32 to the sorted pairs of each token's top-k experts, weights normalised to one."""
+def route(logits: Tensor, top_k: int, normalise: bool, lora: ExpertLora | None) -> Routing:
+    """logits [T, E] float32 to the sorted pairs of each token's top-k experts."""
     tokens, num_experts = logits.shape
     weight, expert = torch.softmax(logits, dim=-1).topk(top_k, dim=-1)
-    weight = weight / weight.sum(-1, keepdim=True)
+    if normalise:
+        weight = weight / weight.sum(-1, keepdim=True)
     key = expert.numpy().astype(np.int64)
     slots = None if lora is None else lora.slots.numpy()
     stride = 1

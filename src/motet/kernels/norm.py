@@ -1,9 +1,11 @@
-"""Residual addition fused with RMS normalisation.
+"""RMS normalisation: of rows, fused with the residual addition, and of single heads.
 
 Semantics:
     s = residual + x
     y[t, h] = s[t, h] / sqrt(mean_h(s[t, h]^2) + eps) * weight[h]
     x, residual: [T, H] float32, weight: [H]; returns (y, s). `residual` None means zeros.
+
+    head_rms_norm normalises heads [first, first + count) of each row of x [T, heads · D] by weight [D], in place.
 
 At 8 rows of 576 the fused kernel takes 5 µs where the separate torch operations take 45.
 """
@@ -37,6 +39,32 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         return y, x
     _add_rms_norm_kernel(x.numpy(), residual.numpy(), weight.numpy(), eps, y.numpy())
     return y, residual
+
+
+def head_rms_norm_torch(x: Tensor, first: int, count: int, weight: Tensor, eps: float) -> None:
+    """Reference in plain torch, in place like the kernel."""
+    dim = len(weight)
+    heads = x[:, first * dim : (first + count) * dim].view(-1, count, dim)
+    heads *= torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def head_rms_norm(x: Tensor, first: int, count: int, weight: Tensor, eps: float) -> None:
+    """x: [T, heads · D] float32; see the module's semantics."""
+    _head_rms_norm_kernel(x.numpy(), first, count, weight.numpy(), eps)
+
+
+@kernel
+def _head_rms_norm_kernel(x: F32, first: int, count: int, weight: F32, eps: float) -> None:
+    dim = weight.shape[0]
+    for t in range(x.shape[0]):
+        for head in range(first, first + count):
+            row = x[t, head * dim : (head + 1) * dim]
+            total = np.float32(0)
+            for i in range(dim):
+                total += row[i] * row[i]
+            scale = np.float32(1.0 / np.sqrt(total / dim + eps))
+            for i in range(dim):
+                row[i] *= scale * weight[i]
 
 
 @kernel

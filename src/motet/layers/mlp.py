@@ -26,7 +26,7 @@ class DenseMLP:
 
 
 class SparseMLP:
-    """A router and its experts; expert e's gate, up and down are table sites `site + 3·e` and the two after it."""
+    """A router and its experts; with `normalise`, a token's weights sum to one. Expert e's gate, up and down are table sites `site + 3·e` and the two after it."""
 
     def __init__(
         self,
@@ -35,14 +35,16 @@ class SparseMLP:
         down: Sequence[PackedWeight],
         top_k: int,
         site: int,
+        normalise: bool,
     ) -> None:
         self.router = router
         self.gate_up = gate_up
         self.down = down
         self.top_k = top_k
         self.site = site
+        self.normalise = normalise
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, H] to [T, H]."""
         lora = None if batch.lora is None else ExpertLora(batch.lora.table, self.site, batch.lora.slots)
-        return moe(x, self.router, self.gate_up, self.down, self.top_k, lora)
+        return moe(x, self.router, self.gate_up, self.down, self.top_k, self.normalise, lora)

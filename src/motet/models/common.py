@@ -1,4 +1,4 @@
-"""What the Llama family has in common: geometry, attention, embeddings, and the refusal of unknown options."""
+"""What the Llama family has in common: geometry, sites, the parts of a layer, and the refusal of unknown options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from motet.errors import ModelRefused
 from motet.kernels.linear import PackedWeight
-from motet.layers.attention import Attention
+from motet.layers.attention import Attention, HeadNorms
 from motet.layers.decoder import Decoder, DecoderLayer
 from motet.layers.linear import AdaptedLinear
 from motet.layers.mlp import DenseMLP, SparseMLP
@@ -59,6 +59,24 @@ def attention_sites(g: Geometry, layer: int) -> list[Site]:
         Site(layer, "v", -1, g.hidden, g.kv_heads * g.head_dim, (f"{path}.v_proj",)),
         Site(layer, "o", -1, g.heads * g.head_dim, g.hidden, (f"{path}.o_proj",)),
     ]
+
+
+def mlp_sites(
+    layer: int, hidden: int, wide: int, paths: Sequence[Sequence[str]], expert: int = -1
+) -> list[Site]:
+    """gate, up and down of one MLP or expert; `paths` are the names of each of the three."""
+    gate, up, down = (tuple(names) for names in paths)
+    return [
+        Site(layer, "gate", expert, hidden, wide, gate),
+        Site(layer, "up", expert, hidden, wide, up),
+        Site(layer, "down", expert, wide, hidden, down),
+    ]
+
+
+def dense_mlp_sites(config: PretrainedConfig, layer: int) -> list[Site]:
+    """The three projections of Llama's MLP."""
+    names = [[f"model.layers.{layer}.mlp.{name}_proj"] for name in ("gate", "up", "down")]
+    return mlp_sites(layer, config.hidden_size, config.intermediate_size, names)
 
 
 def common_spec(
@@ -109,48 +127,98 @@ def rotary(config: PretrainedConfig, max_positions: int) -> Rotary:
     return rotary_table(inverse, max_positions, scale)
 
 
-def build_decoder(
-    config: PretrainedConfig,
-    weights: Weights,
-    max_positions: int,
-    sites_per_layer: int,
-    mlp: Callable[[int], DenseMLP | SparseMLP],
-) -> Decoder:
-    """A decoder whose layers differ from Llama's only in the feed-forward that `mlp(layer)` builds."""
-    g = Geometry.of(config)
-    q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
-    table = rotary(config, max_positions)
+class Builder:
+    """Builds the parts of a Llama-like decoder from a checkpoint; an architecture's file says which parts."""
 
-    def attention(layer: int) -> Attention:
-        path, site = f"model.layers.{layer}.self_attn", layer * sites_per_layer
+    def __init__(
+        self, config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.geometry = Geometry.of(config)
+        self._rotary = rotary(config, max_positions)
+        self._index = {(site.layer, site.module, site.expert): i for i, site in enumerate(spec.sites)}
+
+    def site(self, layer: int, module: str, expert: int = -1) -> int:
+        """A site's index in the adapter table."""
+        return self._index[layer, module, expert]
+
+    def attention(self, layer: int, head_norms: bool = False) -> Attention:
+        """Self-attention; with `head_norms`, q and k are normalised per head before the rotation."""
+        g, take, path = self.geometry, self.weights.take, f"model.layers.{layer}.self_attn"
+        q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
         qkv = pack(
-            weights.take(f"{path}.q_proj.weight", q, g.hidden),
-            weights.take(f"{path}.k_proj.weight", kv, g.hidden),
-            weights.take(f"{path}.v_proj.weight", kv, g.hidden),
+            take(f"{path}.q_proj.weight", q, g.hidden),
+            take(f"{path}.k_proj.weight", kv, g.hidden),
+            take(f"{path}.v_proj.weight", kv, g.hidden),
         )
-        out = pack(weights.take(f"{path}.o_proj.weight", g.hidden, q))
+        out = pack(take(f"{path}.o_proj.weight", g.hidden, q))
+        norms = None
+        if head_norms:
+            norms = HeadNorms(
+                take(f"{path}.q_norm.weight", g.head_dim),
+                take(f"{path}.k_norm.weight", g.head_dim),
+                self.config.rms_norm_eps,
+            )
         return Attention(
-            AdaptedLinear(qkv, site, (q, kv, kv)),
-            AdaptedLinear(out, site + 3, (g.hidden,)),
-            table,
+            AdaptedLinear(qkv, self.site(layer, "q"), (q, kv, kv)),
+            AdaptedLinear(out, self.site(layer, "o"), (g.hidden,)),
+            self._rotary,
             layer,
             g.heads,
+            norms,
         )
 
-    layers = [
-        DecoderLayer(
-            attention_norm=weights.take(f"model.layers.{layer}.input_layernorm.weight", g.hidden),
-            attention=attention(layer),
-            mlp_norm=weights.take(f"model.layers.{layer}.post_attention_layernorm.weight", g.hidden),
-            mlp=mlp(layer),
+    def dense_mlp(self, layer: int) -> DenseMLP:
+        """Llama's MLP."""
+        wide, hidden = self.config.intermediate_size, self.config.hidden_size
+        take, path = self.weights.take, f"model.layers.{layer}.mlp"
+        gate_up = pack(
+            take(f"{path}.gate_proj.weight", wide, hidden), take(f"{path}.up_proj.weight", wide, hidden)
         )
-        for layer in range(config.num_hidden_layers)
-    ]
-    # The embedding is only looked up: it stays in the checkpoint's dtype, half the memory for bfloat16.
-    embedding = weights.take_stored("model.embed_tokens.weight", config.vocab_size, g.hidden)
-    tied = config.tie_word_embeddings and "lm_head.weight" not in weights
-    head = embedding.float() if tied else weights.take("lm_head.weight", config.vocab_size, g.hidden)
-    weights.nbytes += head.nbytes if tied else 0
-    return Decoder(
-        embedding, layers, weights.take("model.norm.weight", g.hidden), pack(head), config.rms_norm_eps
-    )
+        down = pack(take(f"{path}.down_proj.weight", hidden, wide))
+        return DenseMLP(
+            AdaptedLinear(gate_up, self.site(layer, "gate"), (wide, wide)),
+            AdaptedLinear(down, self.site(layer, "down"), (hidden,)),
+        )
+
+    def sparse_mlp(
+        self, layer: int, router: str, names: Sequence[Sequence[str]], wide: int, normalise: bool
+    ) -> SparseMLP:
+        """A mixture of experts; `names` are each expert's gate, up and down weights, `wide` their inner size."""
+        hidden, take = self.config.hidden_size, self.weights.take
+        gate_up, down = [], []
+        for gate_name, up_name, down_name in names:
+            gate_up.append(pack(take(gate_name, wide, hidden), take(up_name, wide, hidden)))
+            down.append(pack(take(down_name, hidden, wide)))
+        return SparseMLP(
+            pack(take(router, len(names), hidden)),
+            gate_up,
+            down,
+            self.config.num_experts_per_tok,
+            self.site(layer, "gate", 0),
+            normalise,
+        )
+
+    def decoder(
+        self, mlp: Callable[[int], DenseMLP | SparseMLP], attention: Callable[[int], Attention] | None = None
+    ) -> Decoder:
+        """All layers, with the feed-forward of `mlp(layer)`, between embedding and output matrix."""
+        config, weights, hidden = self.config, self.weights, self.geometry.hidden
+        attend = attention or self.attention
+        layers = [
+            DecoderLayer(
+                attention_norm=weights.take(f"model.layers.{layer}.input_layernorm.weight", hidden),
+                attention=attend(layer),
+                mlp_norm=weights.take(f"model.layers.{layer}.post_attention_layernorm.weight", hidden),
+                mlp=mlp(layer),
+            )
+            for layer in range(config.num_hidden_layers)
+        ]
+        # The embedding is only looked up: it stays in the checkpoint's dtype, half the memory for bfloat16.
+        embedding = weights.take_stored("model.embed_tokens.weight", config.vocab_size, hidden)
+        tied = config.tie_word_embeddings and "lm_head.weight" not in weights
+        head = embedding.float() if tied else weights.take("lm_head.weight", config.vocab_size, hidden)
+        weights.nbytes += head.nbytes if tied else 0
+        norm = weights.take("model.norm.weight", hidden)
+        return Decoder(embedding, layers, norm, pack(head), config.rms_norm_eps)

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from motet.layers.decoder import Decoder
 from motet.layers.mlp import SparseMLP
-from motet.models.common import Geometry, attention_sites, build_decoder, common_spec, pack, refuse_options
+from motet.models.common import Builder, Geometry, attention_sites, common_spec, mlp_sites, refuse_options
 from motet.models.weights import Weights
 from motet.types import FusedExperts, ModelSpec, Site
 
@@ -27,34 +27,28 @@ def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
 
 
 def _expert_sites(config: PretrainedConfig, layer: int, expert: int) -> list[Site]:
-    wide, hidden = config.intermediate_size, config.hidden_size
+    """PEFT files name experts as the hub does (w1 gate, w3 up, w2 down) or as transformers does today."""
     classic = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
     today = f"model.layers.{layer}.mlp.experts.{expert}"
-    return [
-        Site(layer, "gate", expert, hidden, wide, (f"{classic}.w1", f"{today}.gate_proj")),
-        Site(layer, "up", expert, hidden, wide, (f"{classic}.w3", f"{today}.up_proj")),
-        Site(layer, "down", expert, wide, hidden, (f"{classic}.w2", f"{today}.down_proj")),
+    paths = [
+        (f"{classic}.{old}", f"{today}.{new}_proj")
+        for old, new in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
     ]
+    return mlp_sites(layer, config.hidden_size, config.intermediate_size, paths, expert)
 
 
-def build(config: PretrainedConfig, weights: Weights, max_positions: int) -> Decoder:
+def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
     """The model with its weights packed, from the hub's layout (`block_sparse_moe.experts.N.w1`)."""
-    wide, hidden, experts = config.intermediate_size, config.hidden_size, config.num_local_experts
-    sites_per_layer = 4 + 3 * experts
+    builder = Builder(config, spec, weights, max_positions)
 
     def mlp(layer: int) -> SparseMLP:
         path = f"model.layers.{layer}.block_sparse_moe"
-        gate_up, down = [], []
-        for expert in range(experts):
-            one = f"{path}.experts.{expert}"
-            gate_up.append(
-                pack(
-                    weights.take(f"{one}.w1.weight", wide, hidden),
-                    weights.take(f"{one}.w3.weight", wide, hidden),
-                )
-            )
-            down.append(pack(weights.take(f"{one}.w2.weight", hidden, wide)))
-        router = pack(weights.take(f"{path}.gate.weight", experts, hidden))
-        return SparseMLP(router, gate_up, down, config.num_experts_per_tok, layer * sites_per_layer + 4)
+        names = [
+            [f"{path}.experts.{expert}.{name}.weight" for name in ("w1", "w3", "w2")]
+            for expert in range(config.num_local_experts)
+        ]
+        return builder.sparse_mlp(
+            layer, f"{path}.gate.weight", names, config.intermediate_size, normalise=True
+        )
 
-    return build_decoder(config, weights, max_positions, sites_per_layer, mlp)
+    return builder.decoder(mlp)

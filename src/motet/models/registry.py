@@ -13,13 +13,16 @@ from transformers import AutoConfig, PretrainedConfig
 
 from motet.errors import ModelRefused
 from motet.layers.decoder import Decoder
-from motet.models import llama, mixtral
+from motet.models import llama, mixtral, qwen3
 from motet.models.weights import fingerprint, open_weights
 from motet.types import ModelSpec
 
 ARCHITECTURES: dict[str, ModuleType] = {
     "LlamaForCausalLM": llama,
+    "MistralForCausalLM": llama,
     "MixtralForCausalLM": mixtral,
+    "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3,
 }
 
 
@@ -56,12 +59,15 @@ def load_spec(directory: Path, name: str | None = None) -> ModelSpec:
 
 
 def load_model(
-    directory: Path, max_positions: int, on_progress: Callable[[float], None] = lambda _fraction: None
+    directory: Path,
+    spec: ModelSpec,
+    max_positions: int,
+    on_progress: Callable[[float], None] = lambda _fraction: None,
 ) -> LoadedModel:
-    """The model with every weight of its checkpoint accounted for; `on_progress` gets the fraction read."""
+    """The model of `spec` with every weight of its checkpoint accounted for; `on_progress` gets the fraction read."""
     config, architecture = _read(directory)
     with open_weights(directory, on_progress) as weights:
-        decoder: Decoder = architecture.build(config, weights, max_positions)
+        decoder: Decoder = architecture.build(config, spec, weights, max_positions)
     _return_freed_memory()
     return LoadedModel(decoder, weights.nbytes)
 
