@@ -26,7 +26,10 @@ class DenseMLP:
 
 
 class SparseMLP:
-    """A router and its experts; with `normalise`, a token's weights sum to one. Expert e's gate, up and down are table sites `site + 3·e` and the two after it."""
+    """A router and its experts; with `normalise`, the weights of a token's experts sum to one.
+
+    Expert e's gate, up and down are table sites `site + 3·e` and the two after it.
+    """
 
     def __init__(
         self,
