@@ -36,8 +36,8 @@ DEMO_PROMPTS = {
     "support": "My coffee grinder stopped working after two days. Can you help?",
     "sql": "Which five customers have placed the most orders?",
     "legal": (
-        'What am I agreeing to here? "Neither party shall be liable for any delay or failure to perform '
-        'caused by events beyond its reasonable control, including fire, flood, war or strike."'
+        'What am I agreeing to here? "This Agreement shall renew automatically for further periods of 12 months '
+        'unless cancelled at least 30 days prior to the end of the term."'
     ),
 }
 """One prompt per adapter for a live demonstration; none of them is among the training prompts."""

@@ -66,6 +66,7 @@ async def run_server(
             app = create_app(frontend, catalog, settings.server, Metrics(name))
             drain = app.state.lifecycle.drain
             url = asyncio.get_running_loop().create_future()
+            await asyncio.sleep(0)  # a Ctrl-C until now ends this task here; from now on the server handles it
             start = _start(client, frontend, catalog, settings.server.adapters, bar)
             started = asyncio.create_task(_announce(start, url, drain, on_serving))
             try:
@@ -73,8 +74,9 @@ async def run_server(
             except SystemExit as error:  # uvicorn's, which has logged the reason
                 where = f"{settings.server.host}:{settings.server.port}"
                 raise ConfigError(f"cannot listen on {where}") from error
-            started.cancel()
-            await asyncio.gather(started, return_exceptions=True)
+            finally:
+                started.cancel()
+                await asyncio.gather(started, return_exceptions=True)
         finally:
             await client.close()
     if not started.cancelled():
