@@ -28,12 +28,10 @@ from tests.tiny import write_adapter, write_model
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, an adapter of it, and one of a wider model."""
     home = tmp_path_factory.mktemp("home")
-    model = write_model(home / "model", "llama")
-    wide = write_model(home / "wide", "llama", hidden_size=64)
+    model = write_model(home / "model", "mixtral")
+    wide = write_model(home / "wide", "mixtral", hidden_size=64)
     for base, name in ((model, "adapter"), (wide, "foreign")):
-        write_adapter(
-            home / name, base, "llama", 1, r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]
-        )
+        write_adapter(home / name, base, "mixtral", 1, r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"])
     return home
 
 
@@ -189,7 +187,7 @@ def test_help_lists_the_options_and_their_defaults(command: str, said: str) -> N
 def test_inspect_without_a_model(home: Path) -> None:
     result = motet("adapters", "inspect", home / "adapter")
     assert result.exit_code == 0
-    for fact in ("4, alpha 8", "down_proj, q_proj", "0–2", "not checked: name a model with --model"):
+    for fact in ("4, alpha 8", "o_proj, q_proj", "0–2", "not checked: name a model with --model"):
         assert fact in result.stdout
 
 
@@ -204,7 +202,7 @@ def test_inspect_with_its_model(home: Path) -> None:
     assert report["binds"] is True
     assert report["reason"] is None
     assert report["rank"] == 4
-    assert {module["module"]: module["count"] for module in report["modules"]} == {"q": 3, "down": 3}
+    assert {module["module"]: module["count"] for module in report["modules"]} == {"q": 3, "o": 3}
     assert report["digest"] in result.stdout
 
 
@@ -317,7 +315,7 @@ def test_serve_does_not_start_without_an_adapter_that_it_was_to_serve(home: Path
         _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert said.splitlines()[-1].startswith("motet: ")
-    assert "q_proj" in said.splitlines()[-1] or "down_proj" in said.splitlines()[-1]
+    assert "_proj" in said.splitlines()[-1]
     assert "Traceback" not in said
 
 

@@ -41,13 +41,13 @@ PROMPT = tuple(range(10, 45))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("home") / "model", "llama", max_position_embeddings=2048)
+    return write_model(tmp_path_factory.mktemp("home") / "model", "mixtral", max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
 def adapter(model: Path) -> Path:
-    targets = ["q_proj", "v_proj", "down_proj"]
-    return write_adapter(model.parent / "adapter", model, "llama", seed=1, r=4, target_modules=targets)
+    targets = ["q_proj", "v_proj"]
+    return write_adapter(model.parent / "adapter", model, "mixtral", seed=1, r=4, target_modules=targets)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,8 @@ async def run_server(
             app = create_app(frontend, catalog, settings.server, Metrics(name))
             drain = app.state.lifecycle.drain
             url = asyncio.get_running_loop().create_future()
-            await asyncio.sleep(0)  # a Ctrl-C until now ends this task here; from now on the server handles it
+            # A Ctrl-C until now ends this task here; from now on the server handles it.
+            await asyncio.sleep(0)
             start = _start(client, frontend, catalog, settings.server.adapters, bar)
             started = asyncio.create_task(_announce(start, url, drain, on_serving))
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import logging
 import queue
 import socket
@@ -45,6 +46,9 @@ from motet.types import EngineStats, Request, SeqOutput
 logger = logging.getLogger(__name__)
 OnProgress = Callable[[str, float], None]
 SHUTDOWN_SECONDS = 10.0
+POLITE_THREADS = {"OMP_WAIT_POLICY": "passive"}
+"""OpenMP threads that wait asleep. Spinning ones, the default, take 650 ms for a decode step instead of 60 when another
+process wants the same two cores, and the server is such a process."""
 
 
 class EngineClient(ABC):
@@ -189,6 +193,7 @@ class EngineProcess(EngineClient):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env=POLITE_THREADS | os.environ,
             )
         self._socket = ours
         self._writer: asyncio.StreamWriter | None = None
