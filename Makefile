@@ -18,7 +18,7 @@ serve: $(STAMP)  ## the same server, staying up on port 8000; MODEL=... serves a
 	$(BIN)/motet serve $(if $(MODEL),$(MODEL),--demo-adapters)
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup  # one thread for each of two workers
 
 check: $(STAMP)  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
