@@ -35,6 +35,7 @@ LONG = 200  # tokens, about a third of a second: enough for something else to ha
 POOL = "--pool=16MiB"
 NO_EOS = {"ignore_eos": True}
 CLEAR_MARGIN = 2e-5
+pytestmark = pytest.mark.xdist_group("live")  # one server for all, on one worker
 
 
 @pytest.fixture(scope="module")

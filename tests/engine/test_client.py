@@ -37,6 +37,7 @@ from tests.tiny import write_adapter, write_model
 
 KINDS: list[type[EngineClient]] = [EngineThread, EngineProcess]
 PROMPT = tuple(range(10, 45))
+pytestmark = pytest.mark.xdist_group("client")  # one engine for all, on one worker
 
 
 @pytest.fixture(scope="module")
