@@ -238,3 +238,34 @@ def test_loading_and_unloading_the_same_digest_at_once(tmp_path: Path) -> None:
         assert host.records() == []
 
     run(scenario())
+
+
+def test_a_held_digest_is_forgotten_when_its_last_request_ends(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        host = catalog(engine)
+        old = await host.load("a", adapter_at(tmp_path / "old", "A"))
+        with host.hold("a") as first, host.hold("a") as second:
+            assert first == second == old
+            new = await host.load("a", adapter_at(tmp_path / "new", "B"), replace=True)
+            assert host.resolve("a") == new
+            assert ("forget", old.digest) not in engine.log
+        await asyncio.sleep(0.05)
+        assert engine.log[-1] == ("forget", old.digest)
+        assert len(engine.log) == 3
+
+    run(scenario())
+
+
+def test_a_held_digest_that_gets_a_name_again_is_kept(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        host = catalog(engine)
+        record = await host.load("a", adapter_at(tmp_path / "a", "A"))
+        with host.hold("a"):
+            await host.unload("a")
+            await host.load("b", adapter_at(tmp_path / "a", "A"))
+        await asyncio.sleep(0.05)
+        assert engine.log == [("register", record.digest)]
+
+    run(scenario())

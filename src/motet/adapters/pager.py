@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from motet.adapters.image import AdapterImage, open_image
+from motet.adapters.image import ChunkTable, open_image
 from motet.errors import MotetError
 from motet.memory.pool import Pool
 from motet.types import Load
@@ -21,10 +21,10 @@ from motet.types import Load
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A finished load: the image that now fills `load.pages`, or why it failed. `seconds` is its duration."""
+    """A finished load: the chunks that now lie in `load.pages`, or why it failed. `seconds` is its duration."""
 
     load: Load
-    image: AdapterImage | None
+    chunks: ChunkTable | None
     error: str | None
     seconds: float
 
@@ -69,15 +69,15 @@ class Pager:
         while (job := self._todo.get()) is not None:
             load, path = job
             began = time.monotonic()
-            image, error = None, None
+            chunks, error = None, None
             try:
-                image = self._copy(load, path)
+                chunks = self._copy(load, path)
             except (MotetError, OSError, ValueError) as failure:
                 error = f"adapter {load.digest[:12]} could not be loaded: {failure}"
-            self._done.put(LoadResult(load, image, error, time.monotonic() - began))
+            self._done.put(LoadResult(load, chunks, error, time.monotonic() - began))
             self._on_finished()
 
-    def _copy(self, load: Load, path: Path) -> AdapterImage:
+    def _copy(self, load: Load, path: Path) -> ChunkTable:
         image = open_image(path)
         if image.digest != load.digest:
             raise ValueError(f"{path} holds {image.digest}")
@@ -86,4 +86,4 @@ class Pager:
         data = self._pool.data.numpy()
         for source, target in zip(image.pages, load.pages, strict=True):
             data[target] = source
-        return image
+        return image.chunks

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from motet.adapters.image import AdapterImage
+from motet.adapters.image import ChunkTable
 from motet.kernels.lora import BFLOAT16, LoraTable
 from motet.memory.pool import Pool
 
@@ -49,12 +49,12 @@ class AdapterTable:
         """The slot of a resident adapter; -1 for the base (the empty digest)."""
         return self._slots[digest] if digest else -1
 
-    def add(self, digest: str, image: AdapterImage, pages: tuple[int, ...]) -> int:
-        """Give the adapter whose image now fills `pages` a slot."""
+    def add(self, digest: str, chunks: ChunkTable, pages: tuple[int, ...]) -> int:
+        """Give the adapter whose chunks now lie in `pages` a slot."""
         assert digest not in self._slots, f"adapter {digest} is resident already"
         slot = next(i for i in range(len(self._slots) + 1) if i not in self._placed)
         self._slots[digest] = slot
-        self._placed[slot] = self._place(image, np.asarray(pages, np.int64))
+        self._placed[slot] = self._place(chunks, np.asarray(pages, np.int64))
         self.current = self._build()
         return slot
 
@@ -63,8 +63,7 @@ class AdapterTable:
         del self._placed[self._slots.pop(digest)]
         self.current = self._build()
 
-    def _place(self, image: AdapterImage, pages: NDArray[np.int64]) -> _Placed:
-        chunks = image.chunks
+    def _place(self, chunks: ChunkTable, pages: NDArray[np.int64]) -> _Placed:
         width = np.where(chunks.dtype == BFLOAT16, 2, 4)
         size = self._pool.page_bytes
         return _Placed(

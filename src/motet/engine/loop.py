@@ -15,7 +15,7 @@ from motet.engine.runner import Runner
 from motet.engine.sampler import SamplingRow
 from motet.errors import ConfigError, MotetError
 from motet.memory.pool import Pool
-from motet.models.registry import load_model, load_spec, locate
+from motet.models.registry import load_model, load_spec, locate, return_freed_memory
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
 from motet.types import EngineStats, ModelSpec, Plan, Request, Sampled, SeqOutput
 
@@ -49,6 +49,7 @@ class Engine:
         self.runner = Runner(model.decoder, pool)
         progress("warming up kernels", 0.9)
         self.runner.warm_up()
+        return_freed_memory()
         self.pager = Pager(pool, on_loaded)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -136,10 +137,10 @@ class Engine:
         for result in self.pager.finished():
             self._loads += 1
             self._load_seconds += result.seconds
-            if result.image is None:
+            if result.chunks is None:
                 outputs += self.scheduler.adapter_failed(result.load.digest, result.error or "unknown")
                 continue
-            self.runner.table.add(result.load.digest, result.image, result.load.pages)
+            self.runner.table.add(result.load.digest, result.chunks, result.load.pages)
             self.scheduler.adapter_loaded(result.load.digest)
         return outputs
 

@@ -7,6 +7,7 @@ which models are served (`registry.catalog.Catalog`). No torch here: the HTTP pr
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from motet.types import AdapterRecord, Delta, EngineStats, ModelSpec, SamplingParams
@@ -74,6 +75,10 @@ class AdapterHost(Protocol):
 
     def resolve(self, name: str) -> AdapterRecord | None:
         """The adapter of this name; None is the base. Raises ModelNotFound that lists what exists."""
+        ...
+
+    def hold(self, name: str) -> AbstractContextManager[AdapterRecord | None]:
+        """`resolve`, and the engine keeps accepting the digest until the block ends, wherever the name goes."""
         ...
 
     def records(self) -> list[AdapterRecord]: ...

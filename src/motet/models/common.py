@@ -215,10 +215,9 @@ class Builder:
             )
             for layer in range(config.num_hidden_layers)
         ]
-        # The embedding is only looked up: it stays in the checkpoint's dtype, half the memory for bfloat16.
-        embedding = weights.take_stored("model.embed_tokens.weight", config.vocab_size, hidden)
         tied = config.tie_word_embeddings and "lm_head.weight" not in weights
-        head = embedding.float() if tied else weights.take("lm_head.weight", config.vocab_size, hidden)
-        weights.nbytes += head.nbytes if tied else 0
+        head_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        head = pack(weights.take(head_name, config.vocab_size, hidden))
+        embedding = weights.table("model.embed_tokens.weight", config.vocab_size, hidden)
         norm = weights.take("model.norm.weight", hidden)
-        return Decoder(embedding, layers, norm, pack(head), config.rms_norm_eps)
+        return Decoder(embedding, layers, norm, head, config.rms_norm_eps)

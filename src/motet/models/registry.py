@@ -68,11 +68,11 @@ def load_model(
     config, architecture = _read(directory)
     with open_weights(directory, on_progress) as weights:
         decoder: Decoder = architecture.build(config, spec, weights, max_positions)
-    _return_freed_memory()
+    return_freed_memory()
     return LoadedModel(decoder, weights.nbytes)
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Ask glibc to give back what converting and packing freed: 316 MB after the embedded MoE model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

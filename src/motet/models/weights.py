@@ -50,29 +50,40 @@ def fingerprint(directory: Path) -> str:
 
 
 class Weights:
-    """Tensors by name. A tensor is taken once; what nobody took is an error at the end.
+    """Tensors by name; what nobody asked for is an error at the end.
 
     `nbytes` is the memory of what was taken so far, as it was handed out.
     """
 
     def __init__(self, where: dict[str, Path], on_progress: Callable[[float], None]) -> None:
-        self._where = where
-        self._total = len(where)
+        self._files = where
+        self._where = dict(where)
         self._on_progress = on_progress
         self.nbytes = 0
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._files
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor of that name as float32, its shape checked against the config's."""
-        tensor = self.take_stored(name, *shape)
-        self.nbytes += tensor.nelement() * (4 - tensor.element_size())
-        return tensor.float()
+        tensor = self._open(name, *shape).float()
+        self._where.pop(name, None)
+        self.nbytes += tensor.nbytes
+        self._on_progress(1 - len(self._where) / len(self._files))
+        return tensor
 
-    def take_stored(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name in the checkpoint's own dtype."""
-        file = self._where.pop(name, None)
+    def table(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name for looking rows up, in the checkpoint's dtype; it may be taken as well.
+
+        It stays mapped from its file: only rows that are looked up come into memory.
+        """
+        tensor = self._open(name, *shape)
+        self._where.pop(name, None)
+        self.nbytes += tensor.nbytes
+        return tensor
+
+    def _open(self, name: str, *shape: int) -> Tensor:
+        file = self._files.get(name)
         if file is None:
             raise ModelRefused(f"the checkpoint has no tensor {name}")
         with safe_open(file, framework="pt") as handle:
@@ -83,8 +94,6 @@ class Weights:
             raise ModelRefused(
                 f"tensor {name} is {tensor.dtype}; supported are float32, bfloat16 and float16"
             )
-        self.nbytes += tensor.nbytes
-        self._on_progress(1 - len(self._where) / self._total)
         return tensor
 
     def left(self) -> list[str]:

@@ -11,7 +11,9 @@ import asyncio
 import errno
 import re
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -60,6 +62,9 @@ class Catalog:
         self._engine = engine
         self._records: dict[str, AdapterRecord] = {}
         self._registered: set[str] = set()  # digests that the engine knows
+        self._holds: Counter[str] = Counter()  # requests that resolved to a digest and have not ended
+        self._unnamed: set[str] = set()  # digests to forget when their last hold ends
+        self._tasks: set[asyncio.Task[None]] = set()
         self._names = _Locks()
         self._digests = _Locks()
 
@@ -75,6 +80,23 @@ class Catalog:
         if record is None:
             raise self._not_found(name)
         return record
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[AdapterRecord | None]:
+        """`resolve`, and the engine keeps accepting the digest until the block ends, wherever the name goes."""
+        record = self.resolve(name)
+        if record is None:
+            yield None
+            return
+        self._holds[record.digest] += 1
+        try:
+            yield record
+        finally:
+            self._holds[record.digest] -= 1
+            if not self._holds[record.digest]:
+                del self._holds[record.digest]
+                if record.digest in self._unnamed:
+                    self._later(self._drop(record.digest))
 
     async def load(self, name: str, path: str, *, replace: bool = False) -> AdapterRecord:
         """Serve the adapter at `path` as `name`; with `replace`, move the name from the digest it has.
@@ -110,6 +132,11 @@ class Catalog:
             await self._drop(record.digest)
             return record
 
+    def _later(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._tasks.discard)
+
     async def _prepared(self, path: str) -> PreparedAdapter:
         """Validate, digest and pack the files off the event loop."""
         try:
@@ -142,9 +169,13 @@ class Catalog:
         return record
 
     async def _drop(self, digest: str) -> None:
-        """Forget `digest` if no name points at it."""
+        """Forget `digest` if no name points at it, once nobody holds it."""
         async with self._digests.hold(digest):
+            self._unnamed.discard(digest)
             if digest not in self._registered or any(r.digest == digest for r in self._records.values()):
+                return
+            if self._holds[digest]:
+                self._unnamed.add(digest)
                 return
             self._registered.discard(digest)
             await self._engine.forget_adapter(digest)

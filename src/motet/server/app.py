@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 
 import msgspec
@@ -154,8 +155,9 @@ class Routes:
             raise Unavailable("the engine is warming up")
 
     def _resolve(self, request: Request, model: str) -> AdapterRecord | None:
-        """The adapter that the request names, which its metrics carry from here on. Raises ModelNotFound."""
-        adapter = self._host.resolve(model)
+        """The adapter that the request names, kept servable until the request ends. Raises ModelNotFound."""
+        held: ExitStack = request.state.held
+        adapter = held.enter_context(self._host.hold(model))
         if adapter is not None:
             self._metrics.track(model)
         request.state.model = model

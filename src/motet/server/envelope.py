@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
@@ -51,7 +52,7 @@ class Envelope:
             await send(message)
 
         try:
-            with self._lifecycle.request():
+            with self._lifecycle.request(), ExitStack() as state["held"]:
                 await self._app(scope, receive, stamped)
         except ClientDisconnect:
             status = CLIENT_GONE
