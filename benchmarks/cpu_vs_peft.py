@@ -21,21 +21,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from motet.config import EngineConfig
 from motet.engine.loop import Engine
+from motet.memory.pool import page_bytes
 from motet.models.embedded import ensure_embedded_dense
+from motet.models.registry import load_spec
 from motet.registry.prepare import prepare
-from motet.types import BASE, Request, SamplingParams
+from motet.types import BASE, PreparedAdapter, Request, SamplingParams
 
 ADAPTERS, RANK, PROMPT, DECODE = 8, 16, 128, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 POOL_BYTES = 1 << 30
+PREPARED = "prepared.json"
 
 
 def write_adapters(model: Path, folder: Path) -> None:
-    """Eight random adapters as PEFT saves them, bfloat16."""
+    """Eight random adapters as PEFT saves them, bfloat16, and packed as Motet's server hands them to its engine."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -47,6 +51,10 @@ def write_adapters(model: Path, folder: Path) -> None:
             if "lora_" in name:
                 parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.01).bfloat16()
         wrapped.save_pretrained(str(folder / f"adapter-{i}"))
+    spec = load_spec(model)
+    size = page_bytes(spec, EngineConfig(model=str(model)).page_tokens)
+    found = [prepare(folder / f"adapter-{i}", spec, size, folder / "images") for i in range(ADAPTERS)]
+    (folder / PREPARED).write_bytes(msgspec.json.encode(found))
 
 
 def prompts() -> list[list[int]]:
@@ -101,11 +109,8 @@ class MotetSide:
         self.engine = Engine(
             EngineConfig(model=str(model), pool_bytes=POOL_BYTES, max_step_tokens=1024, prefix_caching=False)
         )
-        size = self.engine.runner.pool.page_bytes
-        self.adapters = [
-            prepare(folder / f"adapter-{i}", self.engine.spec, size, folder / "images")
-            for i in range(ADAPTERS)
-        ]
+        prepared = (folder / PREPARED).read_bytes()
+        self.adapters = msgspec.json.decode(prepared, type=list[PreparedAdapter])
         self.base = [BASE] * ADAPTERS
         self.mixed = [adapter.digest for adapter in self.adapters]
         self._number = 0
@@ -192,7 +197,7 @@ def where_the_time_goes(work: Callable[[], object]) -> dict[str, float]:
     shares: dict[str, float] = {}
     for (_, _, function), row in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
         for name, label in names.items():
-            if function == name or function.endswith(f".{name}}}"):
+            if function == name or f".{name}" in function:
                 shares[label] = shares.get(label, 0.0) + row[3] / total
     shares["the rest"] = max(0.0, 1 - sum(shares.values()))
     return shares
