@@ -86,7 +86,7 @@ def test_stop_strings_and_log_probabilities(llm: LLM) -> None:
 
 
 def test_what_is_wrong_is_told(llm: LLM, home: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match=r"no adapter 'green'; loaded are \['blue', 'red'\]"):
+    with pytest.raises(ModelNotFound, match=r"no model 'green'; served here: 'model', 'blue', 'red'"):
         llm.complete(PROMPT, GREEDY, "green")
     with pytest.raises(InvalidRequest, match="300"):
         llm.complete(PROMPT, SamplingParams(max_tokens=300))
@@ -105,6 +105,22 @@ def test_closing_ends_every_thread(home: Path) -> None:
     assert {thread.name for thread in set(threading.enumerate()) - before} >= {"motet-llm", "motet-engine"}
     llm.close()
     until(lambda: set(threading.enumerate()) <= before)
+    llm.close()
+
+
+def test_a_start_that_fails_leaves_no_thread(home: Path) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(AdapterRefused, match="nowhere"):
+        LLM(str(home / "model"), {"red": str(home / "nowhere")}, pool_bytes=1 << 20, threads=1)
+    until(lambda: set(threading.enumerate()) <= before)
+
+
+def test_a_name_can_be_given_other_weights(home: Path) -> None:
+    with LLM(str(home / "model"), {"it": str(home / "red")}, pool_bytes=1 << 20, threads=1) as llm:
+        red = llm.complete(PROMPT, GREEDY, "it")
+        digest = llm.load_adapter("it", str(home / "blue"))
+        assert llm.complete(PROMPT, GREEDY, "it") != red
+        assert set(llm.stats().residency) == {digest}
 
 
 def test_the_package_has_what_it_names() -> None:

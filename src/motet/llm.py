@@ -11,6 +11,7 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,8 +21,9 @@ import msgspec
 from motet.config import EngineConfig, cache_dir
 from motet.engine.client import EngineThread
 from motet.engine.frontend import Frontend
-from motet.errors import ModelNotFound, MotetError
+from motet.errors import MotetError
 from motet.models.registry import locate
+from motet.registry.catalog import Catalog
 from motet.registry.prepare import prepare
 from motet.types import BASE, Delta, EngineStats, FinishReason, SamplingParams, TokenLogprob
 
@@ -45,27 +47,32 @@ class LLM:
 
     def __init__(self, model: str, adapters: dict[str, str] | None = None, **config: Any) -> None:
         self._config = EngineConfig(model=str(locate(model)), **config)
-        self._digests: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="motet-llm", daemon=True)
         self._thread.start()
-        self._client, self._frontend, self._spec, self._page_bytes = self._wait(self._start())
-        for name, path in (adapters or {}).items():
-            self.load_adapter(name, path)
+        self._client: EngineThread | None = None
+        try:
+            self._wait(self._start())
+            for name, path in (adapters or {}).items():
+                self.load_adapter(name, path)
+        except BaseException:
+            self.close()
+            raise
 
-    async def _start(self) -> tuple[EngineThread, Frontend, Any, int]:
-        client = EngineThread(self._config)
-        ready = await client.started()
-        frontend = Frontend(client, Path(self._config.model))
-        return client, frontend, ready.spec, ready.page_bytes
+    async def _start(self) -> None:
+        self._client = EngineThread(self._config)
+        ready = await self._client.started()
+        directory = Path(self._config.model)
+        bind = partial(prepare, spec=ready.spec, page_bytes=ready.page_bytes, images=cache_dir() / "images")
+        self._frontend = Frontend(self._client, directory)
+        self._catalog = Catalog(ready.spec, ready.spec.name, str(directory), bind, self._client)
 
-    def load_adapter(self, name: str, path: str, images: Path | None = None) -> str:
-        """Serve the adapter at `path` as `name`; returns its digest. Raises AdapterRefused."""
-        folder = images or cache_dir() / "images"
-        prepared = prepare(Path(path), self._spec, self._page_bytes, folder)
-        self._wait(self._client.register_adapter(prepared.digest, prepared.image, prepared.num_pages))
-        self._digests[name] = prepared.digest
-        return prepared.digest
+    def load_adapter(self, name: str, path: str) -> str:
+        """Serve the adapter at `path` as `name`, whatever the name pointed at; returns its digest.
+
+        Raises AdapterRefused for files that do not bind to the base.
+        """
+        return self._wait(self._catalog.load(name, path, replace=True)).digest
 
     def encode_chat(self, messages: list[dict[str, object]]) -> list[int]:
         """Tokens of a conversation in the model's chat template."""
@@ -93,16 +100,19 @@ class LLM:
         adapters: Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """Answer all prompts (text or tokens) in one batch, prompt i with `adapters[i]` (None is the base)."""
-        chosen = adapters or [None] * len(prompts)
+        chosen = [None] * len(prompts) if adapters is None else adapters
         return self._wait(self._generate_all(prompts, params or SamplingParams(), chosen))
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine."""
-        return self._wait(self._client.stats())
+        return self._wait(self._frontend.stats())
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
-        self._wait(self._client.close())
+        """Stop the engine and free its memory; closing again does nothing."""
+        if self._loop.is_closed():
+            return
+        if self._client is not None:
+            self._wait(self._client.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -122,25 +132,25 @@ class LLM:
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams, adapters: Sequence[str | None]
     ) -> list[Completion]:
         pairs = zip(prompts, adapters, strict=True)
-        answers = await asyncio.gather(*(self._one(prompt, params, adapter) for prompt, adapter in pairs))
+        tasks = [asyncio.ensure_future(self._one(prompt, params, adapter)) for prompt, adapter in pairs]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         return [completion for choices in answers for completion in choices]
 
     async def _one(
         self, prompt: str | Sequence[int], params: SamplingParams, adapter: str | None
     ) -> list[Completion]:
         tokens = self._frontend.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        stream = self._frontend.generate(tokens, params, self._digest(adapter), uuid.uuid4().hex)
-        parts: list[list[Delta]] = [[] for _ in range(params.n)]
-        async for delta in stream:
-            parts[delta.index].append(delta)
+        with self._catalog.hold(self._catalog.base if adapter is None else adapter) as record:
+            digest = BASE if record is None else record.digest
+            parts: list[list[Delta]] = [[] for _ in range(params.n)]
+            async for delta in self._frontend.generate(tokens, params, digest, uuid.uuid4().hex):
+                parts[delta.index].append(delta)
         return [_join(deltas) for deltas in parts]
-
-    def _digest(self, name: str | None) -> str:
-        if name is None:
-            return BASE
-        if name not in self._digests:
-            raise ModelNotFound(f"no adapter {name!r}; loaded are {sorted(self._digests)}")
-        return self._digests[name]
 
 
 def _join(deltas: Sequence[Delta]) -> Completion:
