@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 OnProgress = Callable[[str, float], None]
 SHUTDOWN_SECONDS = 10.0
 POLITE_THREADS = {"GOMP_SPINCOUNT": "20000"}
-"""OpenMP threads that soon fall asleep when they wait. A decode step of 8 rows on two cores, with the default, this, and
+"""OpenMP threads that soon fall asleep when they wait. A decode step of 8 rows on 2 cores, with the default, this and
 threads that never spin: 50, 54 and 60 ms alone; 100-1,000, 140 and 75 ms beside a process that keeps one core busy."""
 
 
