@@ -19,8 +19,6 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-SYSTEM_PROMPTS: dict[str, str] | None = None
-
 NAMES = ("support", "sql", "legal")
 
 CATEGORIES = ("BILLING", "SHIPPING", "ACCOUNT", "TECHNICAL", "RETURNS")
@@ -31,16 +29,6 @@ CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT, category TEXT, price R
 CREATE TABLE orders (id INTEGER PRIMARY KEY, customer_id INTEGER, product_id INTEGER, quantity INTEGER,
                      order_date TEXT, status TEXT);
 """
-
-DEMO_PROMPTS = {
-    "support": "My coffee grinder stopped working after two days. Can you help?",
-    "sql": "Which five customers have placed the most orders?",
-    "legal": (
-        'What am I agreeing to here? "This Agreement shall renew automatically for further periods of 12 months '
-        'unless cancelled at least 30 days prior to the end of the term."'
-    ),
-}
-"""One prompt per adapter for a live demonstration; none of them is among the training prompts."""
 
 _OPENERS = ("Thank you for reaching out, and I'm so sorry about this!", "Oh no, I'm so sorry about that!")
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from motet.cli.demo_prompts import DEMO_PROMPTS
 from motet.models.embedded import ensure_embedded
 
 BASE_NAME = "motet/smollm2-135m-moe"
@@ -298,7 +299,7 @@ def train_one(name: str, base: Path, out: Path, progress: Progress) -> dict[str,
     save(model, out / name)
     model.merge_adapter()  # PEFT's own arithmetic, and faster than forming every delta anew for each token
     answers = answer(model, tokenizer, examples, progress, f"{name}: adapter on held-out prompts")
-    demo = [Example(demo_data.DEMO_PROMPTS[name], "")]
+    demo = [Example(DEMO_PROMPTS[name], "")]
     demo_answer = answer(model, tokenizer, demo, progress, f"{name}: demo prompt")[0]
     return {
         "held_out_prompts": len(examples),
@@ -307,7 +308,7 @@ def train_one(name: str, base: Path, out: Path, progress: Progress) -> dict[str,
         "steps": recipe.steps,
         "training_seconds": round(seconds),
         "bytes": (out / name / "adapter_model.safetensors").stat().st_size,
-        "demo_prompt": demo_data.DEMO_PROMPTS[name],
+        "demo_prompt": DEMO_PROMPTS[name],
         "demo_answer": demo_answer,
         "failed": [
             {"prompt": example.prompt, "answer": text}

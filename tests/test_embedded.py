@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from demo_data import DEMO_PROMPTS, Example, check, held_out
+from demo_data import Example, check, held_out
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from motet import LLM
+from motet.cli.demo_prompts import DEMO_PROMPTS
 from motet.models.embedded import ensure_embedded
 from motet.types import SamplingParams
 

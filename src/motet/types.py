@@ -1,7 +1,7 @@
 """The vocabulary of the house: complete, immutable values that travel from room to room.
 
-Request → Plan → StepResult → Delta. They are msgspec structs, so that the same value crosses the socket between
-the server and the engine process without a second definition.
+Request → Plan → Sampled → SeqOutput → Delta. They are msgspec structs, so that the same value crosses
+the socket between the server and the engine process without a second definition.
 """
 
 from __future__ import annotations

@@ -17,18 +17,11 @@ from rich.live import Live
 from rich.rule import Rule
 from rich.table import Table
 
+from motet.cli.demo_prompts import DEMO_PROMPTS
 from motet.cli.service import run_server
 from motet.cli.settings import EMBEDDED, Settings
 from motet.config import EngineConfig, ServerConfig
 
-PROMPTS = {
-    "support": "My coffee grinder stopped working after two days. Can you help?",
-    "sql": "Which five customers have placed the most orders?",
-    "legal": (
-        'What am I agreeing to here? "Neither party shall be liable for any delay or failure to perform caused by '
-        'events beyond its reasonable control, including fire, flood, war or strike."'
-    ),
-}
 BASE_NAME = "base"
 
 
@@ -79,7 +72,7 @@ async def _serve_and_ask(console: Console, settings: Settings, max_tokens: int) 
 
 def _ask_all(console: Console, url: str, max_tokens: int) -> None:
     """Every prompt to the base and to its fine-tune, all at once, shown as the answers grow."""
-    pairs = [(prompt, model) for name, prompt in PROMPTS.items() for model in (BASE_NAME, name)]
+    pairs = [(prompt, model) for name, prompt in DEMO_PROMPTS.items() for model in (BASE_NAME, name)]
     answers = {pair: Answer(pair[1]) for pair in pairs}
     began = time.perf_counter()
     with (
@@ -93,14 +86,14 @@ def _ask_all(console: Console, url: str, max_tokens: int) -> None:
         for job in jobs:
             job.result()
     seconds = time.perf_counter() - began
-    for name, prompt in PROMPTS.items():
+    for name, prompt in DEMO_PROMPTS.items():
         console.print(Rule(f"[bold]{name}[/bold]"))
         console.print(f"[dim]{prompt}[/dim]\n")
         console.print(_side_by_side(answers[prompt, BASE_NAME], answers[prompt, name]))
     total = sum(answer.tokens for answer in answers.values())
     console.print(Rule())
     console.print(
-        f"{len(pairs)} requests for the base and {len(PROMPTS)} fine-tunes in one batch over one model in memory: "
+        f"{len(pairs)} requests for the base and {len(DEMO_PROMPTS)} fine-tunes in one batch over one model in memory: "
         f"{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s"
     )
 

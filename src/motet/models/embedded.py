@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from motet.config import cache_dir as default_cache_dir
 from motet.errors import MotetError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def ensure_embedded_dense(cache_dir: Path | None = None, *, on_progress: Progres
 
 
 def _ensure(cache_dir: Path | None, on_progress: Progress | None, *, moe: bool) -> Path:
-    home = (cache_dir or _default_cache_dir()) / f"embedded-{_REVISION}"
+    home = (cache_dir or default_cache_dir()) / f"embedded-{_REVISION}"
     final = home / ("smollm2-135m-moe" if moe else "smollm2-135m")
     if final.is_dir():  # complete, because it is only ever put there by a rename
         return final
@@ -109,11 +110,6 @@ def _ensure(cache_dir: Path | None, on_progress: Progress | None, *, moe: bool) 
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return final
-
-
-def _default_cache_dir() -> Path:
-    configured = os.environ.get("MOTET_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "motet"
 
 
 def _make_scratch(home: Path) -> Path:
