@@ -10,8 +10,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -38,8 +48,113 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": None,
 }
 _MOE = {"num_experts_per_tok": 2}
+_LATENT = {
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 2,
+    "kv_lora_rank": 22,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 16.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "original_max_position_embeddings": 16,
+}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "deepseek-v2": (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        {
+            **_LATENT,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 18,
+            "n_routed_experts": 12,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 3.0,
+            "rope_parameters": _YARN,
+        },
+    ),
+    "deepseek-v2-lite": (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        {
+            **_LATENT,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "q_lora_rank": None,
+            "n_routed_experts": 5,
+        },
+    ),
+    "deepseek-v3": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {
+            **_LATENT,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "q_lora_rank": 18,
+            "n_shared_experts": 1,
+            "n_routed_experts": 12,
+            "n_group": 3,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "rope_parameters": _YARN,
+        },
+    ),
+    "gpt-oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            **_MOE,
+            "head_dim": 14,
+            "num_local_experts": 5,
+            "sliding_window": 6,
+            "swiglu_limit": 0.4,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 16.0,
+                "beta_fast": 1.5,
+                "beta_slow": 0.2,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama4": (
+        Llama4TextConfig,
+        Llama4ForCausalLM,
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size": 40,
+            "intermediate_size_mlp": 72,
+            "head_dim": 10,
+            "num_local_experts": 3,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0, 0, 1],
+            "attention_chunk_size": 13,
+            "floor_scale": 7,
+        },
+    ),
+    "ministral": (
+        MinistralConfig,
+        MinistralForCausalLM,
+        {
+            "sliding_window": 11,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "head_dim": 10,
+        },
+    ),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 16}),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_MOE, "num_local_experts": 4, "sliding_window": None}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
@@ -64,6 +179,8 @@ def write_model(folder: Path, kind: str, seed: int = 0, **overrides: Any) -> Pat
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.08 if "gate.weight" not in name else 0.5)
+        elif name.endswith((".bias", ".sinks")):
+            parameter.data.normal_(0, 0.3)
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
@@ -89,7 +206,7 @@ def write_adapter(folder: Path, model: Path, kind: str, seed: int, **config: Any
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
-    wrapped.save_pretrained(str(folder))
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
 

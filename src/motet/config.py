@@ -15,7 +15,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     `pool_bytes` is the one allocation for KV cache and adapters. `max_step_tokens` bounds the tokens of a step
     (decode rows first, then prefill chunks), `max_running` the sequences in flight. `max_model_len` None means the
-    model's own. `threads` None means torch's default.
+    model's own. `threads` None means torch's default. `verify_adapters` runs a
+    prompt through each adapter before it is accepted.
     """
 
     model: str
@@ -26,6 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_model_len: int | None = None
     prefix_caching: bool = True
     threads: int | None = None
+    verify_adapters: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

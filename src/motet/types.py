@@ -83,13 +83,15 @@ class SeqOutput(Struct, frozen=True):
 class Chunk(Struct, frozen=True):
     """The share of one sequence in a step: compute tokens [start, start + len(tokens)) of it.
 
-    `pages` is the block table; `sample` says that the last row's logits choose the next token.
+    `pages` has one block table for each of the model's KV groups: entry i is the page of tokens
+    [i · page tokens, (i + 1) · page tokens), or -1 where no query of this step or a later one reads them.
+    `sample` says that the last row's logits choose the next token.
     """
 
     seq: int
     tokens: tuple[int, ...]
     start: int
-    pages: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
     adapter: str
     sample: bool
 
@@ -124,8 +126,10 @@ class Plan(Struct, frozen=True):
 class Site(Struct, frozen=True):
     """A linear map of the base model that an adapter may change.
 
-    `module` is one of q k v o gate up down; `expert` is -1 outside MoE layers. Shapes are features.
-    `paths` are the names under which PEFT files know it, without the `base_model.model.` prefix.
+    `module` is one of q k v o (latent attention: q q_a q_b kv_a kv_b o), gate up down, router, shared_gate shared_up
+    shared_down, and outside the layers embed and head. `expert` is -1 outside the experts of MoE layers. Shapes are
+    features; the embedding maps one-hot tokens to hidden states. `paths` are the names under which PEFT files know it,
+    without the `base_model.model.` prefix. `layer` is -1 for embed, the number of layers for head.
     """
 
     layer: int
@@ -136,23 +140,53 @@ class Site(Struct, frozen=True):
     paths: tuple[str, ...]
 
     def __str__(self) -> str:
+        if self.module in ("embed", "head"):
+            return self.module
         expert = f".experts.{self.expert}" if self.expert >= 0 else ""
         return f"layers.{self.layer}{expert}.{self.module}"
 
 
 class FusedExperts(Struct, frozen=True):
-    """A module whose 3-D parameters hold all experts of a layer, as PEFT's `target_parameters` adapts them."""
+    """A module whose 3-D parameters hold all experts of a layer, as PEFT's `target_parameters` adapts them.
+
+    `gate_up_proj` is [E, 2I, H] and `down_proj` [E, H, I]; with `transposed` they are [E, H, 2I] and [E, I, H]. Of the
+    2I outputs gate takes the first half and up the second; with `interleaved` the even and the odd ones.
+    """
 
     path: str
     layer: int
     num_experts: int
+    transposed: bool = False
+    interleaved: bool = False
+
+
+class KVGroup(Struct, frozen=True):
+    """Layers whose KV is kept equally long: a page of the pool holds some tokens of all of them.
+
+    A query at position p reads the keys [first_key(p), p]: all of them, or the last `window`, or those of its own
+    `chunk` of positions. 0 means no such bound.
+    """
+
+    layers: tuple[int, ...]
+    window: int = 0
+    chunk: int = 0
+
+    def first_key(self, position: int) -> int:
+        """The first position that a query at `position` reads; never falls as positions grow."""
+        first = max(0, position - self.window + 1) if self.window else 0
+        return max(first, position // self.chunk * self.chunk) if self.chunk else first
+
+
+FULL = KVGroup(())
+"""How far a layer sees that sees every position before it."""
 
 
 class ModelSpec(Struct, frozen=True):
     """Everything about a base model that can be known without its weights.
 
-    `sites` is ordered by layer, then q k v o, then gate up down (per expert); a site's position in it is its
-    index in the adapter table.
+    `sites` is ordered by layer, maps that read the same input side by side; a site's position in it is its index in
+    the adapter table. A token's KV in one layer is [kv_planes, num_kv_heads, head_dim] numbers (keys and values, or one
+    plane of latents); `kv_groups` all have the same number of layers and together each layer once.
     """
 
     architecture: str
@@ -167,8 +201,10 @@ class ModelSpec(Struct, frozen=True):
     max_model_len: int
     num_experts: int
     eos_token_ids: tuple[int, ...]
+    kv_groups: tuple[KVGroup, ...]
     sites: tuple[Site, ...]
     fused: tuple[FusedExperts, ...] = ()
+    kv_planes: int = 2
 
 
 class PreparedAdapter(Struct, frozen=True):

@@ -21,7 +21,7 @@ from motet.adapters.checkpoint import Checkpoint
 from motet.models import llama, mixtral
 from motet.types import ModelSpec
 
-HIDDEN, WIDE, EXPERTS = 48, 80, 4
+HIDDEN, WIDE, EXPERTS, VOCAB = 48, 80, 4, 64
 PREFIX = "base_model.model."
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -31,7 +31,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def config_of(kind: str, hidden: int = HIDDEN, wide: int = WIDE) -> Any:
     """The Hugging Face config of the tiny "llama" (3 layers) or "mixtral" (2 layers, 4 experts)."""
     shared: dict[str, Any] = {
-        "vocab_size": 64, "hidden_size": hidden, "intermediate_size": wide, "num_attention_heads": 4,
+        "vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": wide, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64,
     }  # fmt: skip
     if kind == "llama":

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
-from motet.adapters import binding
+from motet.adapters import pairs
 from motet.adapters.checkpoint import load_checkpoint
 from motet.errors import AdapterRefused
 from tests.adapters.peft_files import (
@@ -14,6 +15,7 @@ from tests.adapters.peft_files import (
     FUSED,
     HIDDEN,
     PREFIX,
+    VOCAB,
     WIDE,
     classic_expert,
     module_tensors,
@@ -42,9 +44,19 @@ def named(name: str, *shape: int) -> dict[str, Tensor]:
     [
         (named(f"{Q}.lora_magnitude_vector", 48), "is a DoRA magnitude, which is not supported"),
         (named(f"{Q}.lora_B.bias", 48), r"q_proj\.lora_B\.bias' is a bias"),
-        (named(f"{PREFIX}model.embed_tokens.lora_embedding_A", 4, 64), "is LoRA on an embedding"),
-        (named(f"{PREFIX}model.embed_tokens.weight", 64, 48), "is embedding weights"),
-        (named(f"{PREFIX}lm_head.weight", 64, 48), "is weights of the output head"),
+        (
+            named(f"{PREFIX}model.embed_tokens.weight", 64, 48),
+            r"embed_tokens\.weight' is a weight of the base",
+        ),
+        (named(f"{PREFIX}lm_head.weight", 64, 48), r"lm_head\.weight' .*save_embedding_layers=False"),
+        (
+            named(f"{PREFIX}lm_head.base_layer.weight", 64, 48),
+            r"lm_head\.base_layer\.weight' .*save_embedding_layers=False",
+        ),
+        (named(f"{PREFIX}model.embed_tokens.lora_embedding_A.x.y", 4, 64), "unknown tensor"),
+        (named(f"{PREFIX}model.embed_tokens.lora_embedding_A.weight.x", 4, 64), "unknown tensor"),
+        (named(f"{PREFIX}model.embed_tokens.lora_embedding_A", 4, 64), "A' has no lora_B beside it"),
+        (named(f"{PREFIX}model.norm.weight", 48), "unknown tensor"),
         (
             named(f"{PREFIX}model.norm.modules_to_save.weight", 48),
             r"fully trained module \(modules_to_save\)",
@@ -83,7 +95,8 @@ def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("lm_head", "adapting lm_head is not supported"),
+        ("model.layers.0.mlp.gate", "tiny-llama has no linear map 'model.layers.0.mlp.gate'"),
+        ("model.layers.0.self_attn.q_a_proj", "has no linear map"),
         ("model.layers.3.self_attn.q_proj", "tiny-llama has no linear map 'model.layers.3.self_attn.q_proj'"),
         ("model.layers.0.self_attn.qkv_proj", "has no linear map"),
         ("model.layers.0.self_attn.q_proj.base_layer", "has no linear map"),
@@ -95,8 +108,110 @@ def test_modules_that_the_base_lacks(tmp_path: Path, path: str, message: str) ->
     refuse(tmp_path, "llama", q_tensors() | module_tensors(path, HIDDEN, HIDDEN), message)
 
 
-def test_router_is_refused(tmp_path: Path) -> None:
-    refuse(tmp_path, "mixtral", module_tensors("model.layers.0.mlp.gate", HIDDEN, EXPERTS), "the router")
+def embedding(rank: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    path = f"{PREFIX}model.embed_tokens.lora_embedding_"
+    return {
+        f"{path}A": torch.randn(rank, VOCAB, generator=generator),
+        f"{path}B": torch.randn(HIDDEN, rank, generator=generator),
+    }
+
+
+def test_embedding_and_head_are_plain_maps(tmp_path: Path) -> None:
+    head = module_tensors("lm_head", HIDDEN, VOCAB)
+    spec = spec_of("llama")
+    found = load_checkpoint(write_adapter(tmp_path, embedding() | head | q_tensors()), spec).factors
+    by_name = {str(spec.sites[index]): one for index, one in found.items()}
+    assert list(by_name) == ["embed", "layers.0.q", "head"]
+    for site, tensors in (("embed", embedding()), ("head", head)):
+        a, b = (tensor for _, tensor in sorted(tensors.items()))
+        assert torch.equal(by_name[site].a, a)
+        assert torch.equal(by_name[site].b, b)
+        assert by_name[site].scaling == 1.5
+    renamed = {f"{name}.default" if "embedding" in name else name: t for name, t in embedding().items()}
+    assert load_checkpoint(write_adapter(tmp_path, renamed), spec).rank == 4
+
+
+def test_factors_of_an_embedding_have_names_of_their_own(tmp_path: Path) -> None:
+    """As a module of another kind the embedding's factors would have other shapes, and a square one nothing tells."""
+    linear = module_tensors("model.embed_tokens", VOCAB, HIDDEN)
+    refuse(tmp_path, "llama", linear, "embed_tokens.* named lora_embedding_A and _B; .* is an embedding")
+    path = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_embedding_"
+    wrong = named(f"{path}A", 4, 48) | named(f"{path}B", 48, 4)
+    refuse(tmp_path, "llama", wrong, r"q_proj\.lora_embedding_A': .* is no embedding")
+    half = {name: tensor for name, tensor in embedding().items() if name.endswith("A")}
+    b = {name: tensor for name, tensor in linear.items() if "lora_B" in name}
+    refuse(tmp_path, "llama", half | b, "embedding_A' has no lora_B beside it")
+
+
+def test_another_vocabulary(tmp_path: Path) -> None:
+    larger = {name: torch.cat([t, t[:, :1]], 1) if "_A" in name else t for name, t in embedding().items()}
+    refuse(tmp_path, "llama", larger, r"lora_embedding_A' has shape \[4, 65\], tiny-llama needs \[4, 64\]")
+
+
+@pytest.mark.parametrize("module", ["embed", "head", "router"])
+def test_a_base_without_such_a_map(tmp_path: Path, module: str) -> None:
+    spec = spec_of("mixtral")
+    site = next(site for site in spec.sites if site.module == module)
+    poorer = msgspec.structs.replace(spec, sites=tuple(s for s in spec.sites if s.module != module))
+    tensors = embedding() if module == "embed" else module_tensors(site.paths[0], HIDDEN, site.out_features)
+    assert load_checkpoint(write_adapter(tmp_path, tensors), spec).factors
+    with pytest.raises(AdapterRefused, match=f"tiny-mixtral has no linear map '{site.paths[0]}'"):
+        load_checkpoint(tmp_path, poorer)
+
+
+def tied(rank: int = 4) -> dict[str, Tensor]:
+    """What ensure_weight_tying makes of the head: the embedding's factors, each in the other's place."""
+    a, b = (tensor for _, tensor in sorted(embedding(rank).items()))
+    return embedding(rank) | {f"{PREFIX}lm_head.lora_A.weight": b.T, f"{PREFIX}lm_head.lora_B.weight": a.T}
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    spec = spec_of("llama")
+    write_adapter(tmp_path, tied(), ensure_weight_tying=True)
+    assert len(load_checkpoint(tmp_path, spec).factors) == 2
+    write_adapter(tmp_path, q_tensors(), ensure_weight_tying=True)
+    assert len(load_checkpoint(tmp_path, spec).factors) == 1  # nothing to tie
+    message = "ensure_weight_tying=True, but .* does not hold one update for both embed_tokens and lm_head"
+    for tensors in (
+        embedding(),
+        tied() | module_tensors("lm_head", HIDDEN, VOCAB),
+        module_tensors("lm_head", HIDDEN, VOCAB),
+    ):
+        refuse(tmp_path, "llama", tensors, message, ensure_weight_tying=True)
+        write_adapter(tmp_path, tensors, ensure_weight_tying=False)
+        assert load_checkpoint(tmp_path, spec).factors
+
+
+def test_patterns_know_a_targeted_parameter_by_its_own_name(tmp_path: Path) -> None:
+    """PEFT matches rank_pattern with mlp.gate.weight if that parameter was targeted, else with mlp.gate."""
+    router = module_tensors("model.layers.0.mlp.gate", HIDDEN, EXPERTS, rank=3)
+    spec = spec_of("mixtral")
+    for targets in (
+        ["gate.weight"],
+        ["mlp.gate.weight"],
+        ["model.layers.0.mlp.gate.weight"],
+        ["x", "gate.weight"],
+    ):
+        write_adapter(tmp_path, router, target_parameters=targets, rank_pattern={"gate.weight": 3, "gate": 9})
+        assert load_checkpoint(tmp_path, spec).rank == 3
+    for targets in ([], ["late.weight"], ["gate.weigh"], ["experts.gate_up_proj"]):
+        write_adapter(tmp_path, router, target_parameters=targets, rank_pattern={"gate.weight": 9, "gate": 3})
+        assert load_checkpoint(tmp_path, spec).rank == 3
+
+
+def test_another_base(tmp_path: Path) -> None:
+    write_adapter(tmp_path, q_tensors() | classic_expert(0, 1, {"w1": 4}))
+    assert load_checkpoint(tmp_path, spec_of("mixtral")).factors
+    with pytest.raises(
+        AdapterRefused, match=r"experts\.1\.w1\.lora_A\.weight': tiny-llama has no linear map"
+    ):
+        load_checkpoint(tmp_path, spec_of("llama"))
+    for hidden in (44, 52):
+        with pytest.raises(
+            AdapterRefused, match=rf"lora_A\.weight' has shape \[4, 48\], .* needs \[4, {hidden}\]"
+        ):
+            load_checkpoint(tmp_path, spec_of("mixtral", hidden))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +223,9 @@ def test_router_is_refused(tmp_path: Path) -> None:
         ("B", (48, 5), r"has shape \[48, 5\], tiny-llama needs \[48, 4\]"),
         ("B", (4, 48), r"has shape \[4, 48\], tiny-llama needs \[48, 4\]"),
         ("A", (192,), r"has shape \[192\], not a matrix's"),
-        ("A", (4, 48, 1), r"has shape \[4, 48, 1\], not a matrix's"),
+        ("A", (4, 48, 1), r"has shape \[4, 48, 1\], tiny-llama needs \[48, 48\]"),
+        ("A", (1, 4, 48), r"has shape \[1, 4, 48\], tiny-llama needs \[4, 48\]"),
+        ("A", (4, 48, 1, 1), r"has shape \[4, 48, 1, 1\], not a matrix's"),
         ("A", (0, 48), r"has shape \[0, 48\], not a matrix's"),
     ],
 )
@@ -127,7 +244,7 @@ def test_rank_must_be_the_config_s(tmp_path: Path) -> None:
 
 
 def test_too_many_patterns_for_the_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "MAX_MATCHING", 3)
+    monkeypatch.setattr(pairs, "MAX_MATCHING", 3)
     patterns = {"rank_pattern": {"x": 1}, "alpha_pattern": {"x": 1}}
     message = "too many rank and alpha patterns to match with 2 modules"
     refuse(tmp_path, "llama", q_tensors(0) | q_tensors(1), message, **patterns)
@@ -216,7 +333,5 @@ def test_ambiguous_layout_is_refused(
         found = load_checkpoint(tmp_path, spec).factors
         assert len(found) == EXPERTS * (2 * ("gate_up_proj" in parameters) + ("down_proj" in parameters))
         return
-    with pytest.raises(
-        AdapterRefused, match=r"fits the layout of PEFT before 0\.19 and that of later versions"
-    ):
+    with pytest.raises(AdapterRefused, match=r"fits two layouts, A on the inputs and A on the outputs"):
         load_checkpoint(tmp_path, spec)

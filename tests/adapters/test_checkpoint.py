@@ -108,7 +108,7 @@ def test_unequal_dtypes_of_a_pair_become_the_wider(tmp_path: Path) -> None:
     tensors = q_tensors()
     name = next(name for name in tensors if "lora_A" in name)
     write_adapter(tmp_path, tensors | {name: tensors[name].bfloat16()})
-    one = load_checkpoint(tmp_path, LLAMA).factors[0]
+    (one,) = load_checkpoint(tmp_path, LLAMA).factors.values()
     assert one.a.dtype == one.b.dtype == torch.float32
     assert torch.equal(one.a, tensors[name].bfloat16().float())
 
@@ -249,11 +249,12 @@ def test_digest_covers_weights_scaling_places_and_base(tmp_path: Path) -> None:
 
 def test_bytes_that_were_checked_are_the_bytes_used(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(write_adapter(tmp_path, q_tensors()), LLAMA)
-    before = checkpoint.factors[0].a.clone()
+    (one,) = checkpoint.factors.values()
+    before = one.a.clone()
     with (tmp_path / WEIGHTS).open("r+b") as file:  # a mapped file would change under us
         file.seek(-1000, 2)
         file.write(b"\x7f" * 1000)
-    assert torch.equal(checkpoint.factors[0].a, before)
+    assert torch.equal(one.a, before)
 
 
 def test_links_as_in_the_hub_cache_are_followed(tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from motet.adapters.checkpoint import load_checkpoint
 from motet.adapters.describe import AdapterReport, FileReport, ModuleReport, describe
 from tests.adapters.peft_files import (
     CONFIG,
+    EXPERTS,
     FUSED,
     HIDDEN,
+    PREFIX,
+    VOCAB,
     WEIGHTS,
     classic_expert,
     module_tensors,
@@ -48,7 +51,10 @@ def test_without_a_model(tmp_path: Path) -> None:
         rank_pattern={"layers.2.self_attn.q_proj": 9},
         alpha_pattern={"up_proj": 2.0},
         targets=("q_proj", "up_proj"),
-        modules=(ModuleReport("q_proj", 2, 4, 9, 6 / 9, 1.5), ModuleReport("up_proj", 1, 4, 4, 0.5, 0.5)),
+        modules=(
+            ModuleReport("q_proj", 2, 4, 9, 6 / 9, 1.5, 2, 2),
+            ModuleReport("up_proj", 1, 4, 4, 0.5, 0.5, 1, 1),
+        ),
         layers=(0, 2),
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=4 * sum(tensor.numel() for tensor in tensors.values()),
@@ -73,10 +79,10 @@ def test_with_a_model(tmp_path: Path) -> None:
     assert report.reason is None
     assert report.digest == load_checkpoint(tmp_path, MIXTRAL).digest
     assert report.modules == (
-        ModuleReport("v", 2, 4, 4, 1.5, 1.5),
-        ModuleReport("gate", 8, 3, 3, 2.0, 2.0),
-        ModuleReport("up", 8, 3, 3, 2.0, 2.0),
-        ModuleReport("down", 8, 4, 4, 1.5, 1.5),
+        ModuleReport("v", 2, 4, 4, 1.5, 1.5, 2, 2),
+        ModuleReport("gate", 8, 3, 3, 2.0, 2.0, 8, 8),
+        ModuleReport("up", 8, 3, 3, 2.0, 2.0, 8, 8),
+        ModuleReport("down", 8, 4, 4, 1.5, 1.5, 8, 8),
     )
     assert report.layers == (0, 1)
     assert report.experts == (0, 1, 2, 3)
@@ -94,6 +100,24 @@ def test_experts_touched_and_no_effect(tmp_path: Path) -> None:
     report = describe(tmp_path, MIXTRAL)
     assert report.experts == describe(tmp_path, None).experts == (1, 3)
     assert report.no_effect == ("layers.1.experts.3.down",)
+
+
+def test_maps_outside_the_experts_and_the_layers(tmp_path: Path) -> None:
+    tensors = module_tensors("model.layers.1.mlp.gate", HIDDEN, EXPERTS) | module_tensors(
+        "lm_head", HIDDEN, VOCAB
+    )
+    embed = f"{PREFIX}model.embed_tokens.lora_embedding_"
+    tensors |= {f"{embed}A": torch.ones(4, VOCAB), f"{embed}B": torch.ones(HIDDEN, 4)}
+    write_adapter(tmp_path, tensors)
+    report = describe(tmp_path, MIXTRAL)
+    assert report.reason is None
+    assert [module.module for module in report.modules] == ["embed", "router", "head"]
+    assert report.layers == describe(tmp_path, None).layers == (1,)
+    assert {module.module for module in describe(tmp_path, None).modules} == {
+        "embed_tokens",
+        "gate",
+        "lm_head",
+    }
 
 
 def test_why_not(tmp_path: Path) -> None:

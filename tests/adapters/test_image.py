@@ -106,6 +106,11 @@ def test_a_shared_factor_is_stored_once(size: int) -> None:
     assert np.array_equal(image.chunks.a_offset[gate], image.chunks.a_offset[up])
     doubled = pack(Checkpoint(DIGEST, {0: one, 1: apart}, CONFIG, 0, (), ()), size)
     assert doubled.used_bytes - image.used_bytes == one.a.nbytes
+    reader = LoraFactors(one.a + 1, one.b, 2.0)
+    same_b = Checkpoint(DIGEST, {0: one, 1: twin, 2: reader}, CONFIG, 0, (), ())
+    image = pack(same_b, size)
+    check(image, same_b)
+    assert image.used_bytes == 2 * (one.a.nbytes + one.b.nbytes)
 
 
 def test_fused_experts_share_in_the_image(tmp_path: Path) -> None:

@@ -44,6 +44,16 @@ def test_scaling() -> None:
     assert config.rank("model.v") == 4
 
 
+def test_names_that_patterns_are_matched_with() -> None:
+    config = parse(target_parameters=["mlp.gate.weight", "experts.gate_up_proj"])
+    assert config.targeted("model.layers.0.mlp.gate") == "model.layers.0.mlp.gate.weight"
+    assert config.targeted("mlp.gate") == "mlp.gate.weight"
+    assert config.targeted("model.xmlp.gate") == "model.xmlp.gate"
+    assert config.targeted("model.mlp.experts") == "model.mlp.experts"
+    assert parse().targeted("mlp.gate") == "mlp.gate"
+    assert parse(target_parameters=None).parameters == frozenset()
+
+
 def test_first_pattern_of_the_file_wins() -> None:
     text = '{"peft_type":"LORA","r":1,"lora_alpha":1,"rank_pattern":{"z.*":3,"a.z1":5}}'
     assert parse_config(text.encode()).rank("model.a.z1") == 3
@@ -116,6 +126,7 @@ def test_inits_that_leave_the_base_alone_are_accepted(value: object) -> None:
         ({"lora_alpha": True}, "lora_alpha is True, not a finite number"),
         ({"lora_alpha": 10**400}, "not a finite number"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes', not true or false"),
+        ({"ensure_weight_tying": 1}, "ensure_weight_tying is 1, not true or false"),
         ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] is -1, not a rank"),
         ({"rank_pattern": {"q": [True]}}, r"rank_pattern\['q'\] is \[True\], not a rank"),
         ({"rank_pattern": [1]}, r"rank_pattern is \[1\], not an object"),

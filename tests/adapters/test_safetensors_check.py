@@ -3,14 +3,23 @@ from __future__ import annotations
 import os
 import time
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from motet.adapters import checkpoint
 from motet.adapters.checkpoint import load_checkpoint
-from motet.adapters.safetensors_check import WEIGHTS_NAME, open_regular, read_data, read_header
+from motet.adapters.safetensors_check import (
+    WEIGHTS_NAME,
+    max_header_bytes,
+    open_regular,
+    read_data,
+    read_header,
+)
 from motet.errors import AdapterRefused
 from tests.adapters.peft_files import WEIGHTS, q_tensors, spec_of, split_file, write_adapter
 from tests.adapters.peft_files import raw_safetensors as raw
@@ -109,15 +118,29 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_malformed_files_are_refused(tmp_path: Path, case: str) -> None:
     content, message = BAD[case]
-    with pytest.raises(AdapterRefused, match=rf"^{WEIGHTS_NAME}: .*({message})"):
+    with fast_and_small(), pytest.raises(AdapterRefused, match=rf"^{WEIGHTS_NAME}: .*({message})"):
         check(tmp_path, content)
 
 
-def million() -> bytes:
-    row = (
-        b'"base_model.model.model.layers.%d.lora_A.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
-    )
-    return raw(b"{" + b"".join(row % i for i in range(1_000_000))[:-1] + b"}")
+@contextmanager
+def fast_and_small() -> Iterator[None]:
+    """At most a second and 50 MB more memory."""
+    tracemalloc.start()
+    try:
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seconds < 1
+    assert peak < 50 << 20
+
+
+def rows(count: int, name: bytes = b"base_model.model.model.layers.%d.lora_A.weight") -> bytes:
+    """A header of `count` empty tensors; all have one name if there is no number in it."""
+    row = b'"%s":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},' % name
+    return raw(b"{" + b"".join(row % i if b"%" in row else row for i in range(count))[:-1] + b"}")
 
 
 def padded(token: bytes) -> bytes:
@@ -129,40 +152,73 @@ def padded(token: bytes) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        million(),
+        rows(1_000_000),
+        rows(1_000_000, b"x"),
+        rows(43),
+        rows(2, b"x"),
         padded(b"[],"),
         padded(b"{},"),
         padded(b"1,"),
         padded(b'"",'),
         padded(b"["),
         raw(b"{", b"", 9),
+        raw({"a": tensor(0, 1 << 40)}, bytes(1 << 20)),
+        raw({"a": tensor(0, 1 << 20), "b": tensor(1, 1 + (1 << 20))}, bytes((1 << 20) + 1)),
+        raw({"a": tensor(0, 4), "b": tensor(1 << 20, (1 << 20) + 4)}, bytes((1 << 20) + 4)),
+        raw({"a": tensor(0, 4)}, bytes(1 << 20)),
     ],
-    ids=["a million tensors", "lists", "objects", "numbers", "strings", "depth", "cut"],
-)
+    ids=[
+        "a million tensors", "a million times one", "a tensor more", "one twice", "lists", "objects", "numbers",
+        "strings", "depth", "cut", "short", "overlap", "hole", "trailing",
+    ],
+)  # fmt: skip
 def test_refused_fast_and_small(tmp_path: Path, content: bytes) -> None:
     write_adapter(tmp_path, q_tensors())
     (tmp_path / WEIGHTS).write_bytes(content)
-    tracemalloc.start()
-    try:
-        began = time.perf_counter()
-        with pytest.raises(AdapterRefused):
+    with fast_and_small(), pytest.raises(AdapterRefused):
+        load_checkpoint(tmp_path, LLAMA)
+
+
+def test_the_header_s_cap_follows_from_the_tensors_expected() -> None:
+    assert [max_header_bytes(count) for count in (0, 1000, 1001, 5000)] == [
+        1 << 20,
+        1 << 20,
+        1049624,
+        5 << 20,
+    ]
+
+
+def test_a_file_larger_than_any_adapter_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest has rank 512 in every map, in fp32."""
+    path = write_adapter(tmp_path, q_tensors()) / WEIGHTS
+    most = 8 + (1 << 20) + 4 * 512 * sum(site.in_features + site.out_features for site in LLAMA.sites)
+    os.truncate(path, most)
+    with pytest.raises(AdapterRefused, match="trailing bytes"):
+        load_checkpoint(tmp_path, LLAMA)
+    monkeypatch.setattr(checkpoint, "read_header", lambda *_: pytest.fail("the header was read"))
+    for size in (most + 1, 64 << 30):
+        os.truncate(path, size)
+        message = f"{WEIGHTS_NAME}: {size} bytes long; no adapter of this base needs more than {most}"
+        with fast_and_small(), pytest.raises(AdapterRefused, match=message):
             load_checkpoint(tmp_path, LLAMA)
-        seconds = time.perf_counter() - began
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert seconds < 1
-    assert peak < 50 << 20
 
 
-def test_wrong_names_are_refused_before_the_weights_are_read(tmp_path: Path) -> None:
-    """A sparse file of 64 GB: only its header may be read."""
+def test_wrong_names_are_refused_before_the_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_adapter(tmp_path, q_tensors())
-    rows = (64 << 30) // 4
-    (tmp_path / WEIGHTS).write_bytes(raw({"x": tensor(0, 4 * rows)}))
-    os.truncate(tmp_path / WEIGHTS, (tmp_path / WEIGHTS).stat().st_size + 4 * rows)
+    (tmp_path / WEIGHTS).write_bytes(raw({"x": tensor(0, 4)}, bytes(4)))
+    monkeypatch.setattr(checkpoint, "read_data", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(AdapterRefused, match="unknown tensor 'x'"):
         load_checkpoint(tmp_path, LLAMA)
+
+
+def test_long_names_are_refused(tmp_path: Path) -> None:
+    """They are matched with the config's patterns."""
+    check(tmp_path, raw({"x" * 1024: tensor(0, 4)}, bytes(4)))
+    wrapped = "base_model.model.x" + ".base_layer" * 90_000 + ".lora_A.weight"
+    with fast_and_small(), pytest.raises(AdapterRefused, match="a name of 990032 characters, more than 1024"):
+        check(tmp_path, raw({wrapped: tensor(0, 4)}, bytes(4)))
 
 
 def test_a_fifo_does_not_block(tmp_path: Path) -> None:

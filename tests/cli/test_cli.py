@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from motet.cli.main import app, main
@@ -168,11 +169,12 @@ def test_help_lists_the_commands() -> None:
         (
             "serve",
             "--adapter --config --host --port --served-model-name --pool --max-model-len --max-running "
-            "--max-step-tokens --threads --demo-adapters --json-logs [engine] [adapters] 127.0.0.1 8000] 1GiB]",
+            "--max-step-tokens --threads --verify-adapters --demo-adapters --json-logs [engine] [adapters] 127.0.0.1 8000] 1GiB]",
         ),
         ("demo", "--max-tokens"),
         ("complete", "--model --adapter --max-tokens --temperature --seed --raw embedded]"),
-        ("adapters", "inspect"),
+        ("adapters", "inspect verify"),
+        ("adapters verify", "--model --json embedded]"),
         ("adapters inspect", "--model --json"),
     ],
 )
@@ -216,6 +218,32 @@ def test_inspect_an_adapter_of_another_model(home: Path) -> None:
     )
     assert report["binds"] is False
     assert "64" in report["reason"]
+
+
+def test_verify_says_what_each_projection_changes(home: Path) -> None:
+    result = motet("adapters", "verify", home / "adapter", "--model", home / "model")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["layer", "q", "o"] in lines
+    for layer in "012":
+        (cells,) = (line[1:] for line in lines if line[:1] == [layer])
+        assert all(float(cell.rstrip("%")) > 0 for cell in cells)
+    assert "untouched" in result.stdout
+    as_json = motet("adapters", "verify", home / "adapter", "--model", home / "model", "--json")
+    assert len(json.loads(as_json.stdout)["sites"]) == 6
+
+
+def test_verify_fails_if_a_tensor_changes_nothing(home: Path, tmp_path: Path) -> None:
+    silent = tmp_path / "silent"
+    shutil.copytree(home / "adapter", silent)
+    tensors = load_file(silent / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        if "layers.1.self_attn.o_proj.lora_B" in name:
+            tensor.zero_()
+    save_file(tensors, silent / "adapter_model.safetensors")
+    result = motet("adapters", "verify", silent, "--model", home / "model")
+    assert result.exit_code == 1
+    assert "layers.1.o" in str(result.exception)
 
 
 def test_inspect_a_pickle(home: Path, tmp_path: Path) -> None:

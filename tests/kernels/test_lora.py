@@ -7,9 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from motet.kernels.linear import PackedWeight
-from motet.kernels.lora import BFLOAT16, FLOAT32, LoraTable, Segment, lora_add, lora_add_torch, split_rows
-from motet.kernels.moe import ExpertLora, moe, moe_torch
+from motet.kernels.lora import (
+    BFLOAT16,
+    FLOAT32,
+    LoraTable,
+    Segment,
+    lora_add,
+    lora_add_torch,
+    lora_embed,
+    split_rows,
+)
 from tests.close import assert_close
 
 SITES = 15
@@ -86,34 +93,14 @@ def test_lora_add_matches_plain_mathematics(ranks: list[list[int]], lengths: lis
     assert torch.equal(y[:3], base), "rows of the base model were touched"
 
 
-@pytest.mark.parametrize("rows", [1, 2, 9, 70])
-@pytest.mark.parametrize(("skew", "normalise"), [(False, True), (True, True), (False, False)])
-def test_moe_with_adapters_matches_reference(rows: int, skew: bool, normalise: bool) -> None:
-    hidden, wide, experts, top_k = 24, 40, 5, 2
-    shapes = [(hidden, wide), (hidden, wide), (wide, hidden)] * experts
-    table, _ = make_table(shapes, [[4], [3], [9, 1]])
-    router = torch.randn(experts, hidden)
-    if skew:
-        router[1:] *= 0.01  # nearly every token chooses the first expert
-    gate_up = [torch.randn(2 * wide, hidden) / 5 for _ in range(experts)]
-    down = [torch.randn(hidden, wide) / 5 for _ in range(experts)]
-    slots = torch.from_numpy(np.sort(np.random.default_rng(0).integers(-1, 3, rows)).astype(np.int32))
-    x = torch.randn(rows, hidden)
-    lora = ExpertLora(table, 0, slots)
-    expected = moe_torch(x, router, gate_up, down, top_k, normalise, lora)
-    packed = [PackedWeight(w) for w in gate_up], [PackedWeight(w) for w in down]
-    assert_close(moe(x, PackedWeight(router), *packed, top_k, normalise, lora), expected)
-    plain = moe_torch(x, router, gate_up, down, top_k, normalise)
-    assert_close(moe(x, PackedWeight(router), *packed, top_k, normalise), plain)
-
-
-def test_adapters_of_others_change_no_bit_of_a_base_row() -> None:
-    hidden, wide, experts = 24, 40, 4
-    table, _ = make_table([(hidden, wide), (hidden, wide), (wide, hidden)] * experts, [[8]])
-    gate_up = [PackedWeight(torch.randn(2 * wide, hidden)) for _ in range(experts)]
-    down = [PackedWeight(torch.randn(hidden, wide)) for _ in range(experts)]
-    router, x = PackedWeight(torch.randn(experts, hidden)), torch.randn(6, hidden)
-    slots = torch.tensor([-1, -1, -1, 0, 0, 0], dtype=torch.int32)
-    mixed = moe(x, router, gate_up, down, 2, True, ExpertLora(table, 0, slots))
-    alone = moe(x[:3].contiguous(), router, gate_up, down, 2, True)
-    assert torch.equal(mixed[:3], alone)
+def test_lora_embed_matches_plain_mathematics() -> None:
+    vocabulary, hidden = 50, 12
+    table, factors = make_table([(vocabulary, hidden)], [[3], [2, 1]])
+    tokens = torch.tensor([4, 49, 0, 7, 7])
+    x = torch.randn(5, hidden)
+    expected = x.clone()
+    for row, slot in ((1, 0), (2, 0), (3, 1), (4, 1)):
+        for a, b, scale in factors[0, slot]:
+            expected[row] += scale * (a[:, tokens[row]] @ b)
+    lora_embed(x, tokens, vocabulary, table, 0, [Segment(1, 3, 0), Segment(3, 5, 1)])
+    assert_close(x, expected)

@@ -6,6 +6,9 @@ import pytest
 
 from motet.memory.pages import PageAllocator
 from motet.memory.prefix import KEY_BYTES, PrefixIndex, extend_keys
+from motet.types import KVGroup
+
+FULL = KVGroup(layers=(0,))
 
 
 def keys_of(adapter: str, tokens: list[int], page_tokens: int = 3) -> list[bytes]:
@@ -21,15 +24,21 @@ def pages() -> PageAllocator:
 
 @pytest.fixture
 def index(pages: PageAllocator) -> PrefixIndex:
-    return PrefixIndex(pages)
+    return PrefixIndex(pages, (FULL,), page_tokens=3)
 
 
 def compute(index: PrefixIndex, pages: PageAllocator, keys: list[bytes]) -> tuple[int, ...]:
     """A sequence computes these blocks in pages of its own."""
     table = pages.alloc(len(keys), "kv")
     for key, page in zip(keys, table, strict=True):
-        index.insert(key, page)
+        index.insert(key, 0, page)
     index.check_integrity()
+    return table
+
+
+def match(index: PrefixIndex, keys: list[bytes]) -> tuple[int, ...]:
+    """What an index of one group knows of these blocks."""
+    (table,) = index.match(keys)
     return table
 
 
@@ -70,10 +79,10 @@ def test_equal_blocks_have_equal_keys_only_after_equal_histories() -> None:
 def test_match_finds_the_longest_run_from_the_start(index: PrefixIndex, pages: PageAllocator) -> None:
     tokens = list(range(9))
     table = compute(index, pages, keys_of("a", tokens))
-    assert index.match(keys_of("a", tokens)) == table
-    assert index.match(keys_of("a", [*tokens[:6], 99, 99, 99])) == table[:2]
-    assert index.match(keys_of("a", [99, 99, 99, *tokens[3:]])) == ()
-    assert index.match([]) == ()
+    assert match(index, keys_of("a", tokens)) == table
+    assert match(index, keys_of("a", [*tokens[:6], 99, 99, 99])) == table[:2]
+    assert match(index, keys_of("a", [99, 99, 99, *tokens[3:]])) == ()
+    assert match(index, []) == ()
 
 
 def test_nothing_is_shared_between_adapters_or_with_the_base(
@@ -81,8 +90,8 @@ def test_nothing_is_shared_between_adapters_or_with_the_base(
 ) -> None:
     tokens = list(range(9))
     compute(index, pages, keys_of("a", tokens))
-    assert index.match(keys_of("b", tokens)) == ()
-    assert index.match(keys_of("", tokens)) == ()
+    assert match(index, keys_of("b", tokens)) == ()
+    assert match(index, keys_of("", tokens)) == ()
 
 
 def test_indexed_pages_stay_when_released_and_others_become_free(
@@ -104,7 +113,7 @@ def test_a_shared_page_is_idle_after_its_last_user(index: PrefixIndex, pages: Pa
     assert pages.held("cached") == 0
     index.release(table, now=2.0)
     assert pages.held("cached") == 2
-    index.share(index.match(keys))
+    index.share(match(index, keys))
     index.check_integrity()
     assert (pages.held("kv"), pages.held("cached")) == (2, 0)
     assert not any(map(index.is_idle, table))
@@ -114,7 +123,7 @@ def test_match_changes_nothing(index: PrefixIndex, pages: PageAllocator) -> None
     keys = keys_of("a", list(range(6)))
     index.release(compute(index, pages, keys), now=1.0)
     before = list(index.idle())
-    index.match(keys)
+    match(index, keys)
     assert list(index.idle()) == before
 
 
@@ -128,13 +137,13 @@ def test_the_least_recently_used_goes_first_and_the_tail_of_a_chain_before_its_h
     assert list(index.idle()) == [*((page, 1.0) for page in old[::-1]), *((page, 2.0) for page in new[::-1])]
     index.evict(2)
     index.check_integrity()
-    assert index.match(old_keys) == old[:1]
-    assert index.match(new_keys) == new
+    assert match(index, old_keys) == old[:1]
+    assert match(index, new_keys) == new
     index.share(old[:1])
     index.release(old[:1], now=3.0)
     index.evict(2)
-    assert index.match(old_keys) == old[:1]
-    assert index.match(new_keys) == ()
+    assert match(index, old_keys) == old[:1]
+    assert match(index, new_keys) == ()
     assert pages.free == 10
 
 
@@ -143,17 +152,17 @@ def test_of_two_equal_blocks_the_first_is_known_and_the_other_free_when_released
 ) -> None:
     keys = keys_of("a", list(range(3)))
     first, second = compute(index, pages, keys), compute(index, pages, keys)
-    assert index.match(keys) == first
+    assert match(index, keys) == first
     index.release(second, now=1.0)
     assert pages.free == 10
-    assert index.match(keys) == first
+    assert match(index, keys) == first
 
 
 def test_a_page_cannot_hold_two_blocks(index: PrefixIndex, pages: PageAllocator) -> None:
     keys = keys_of("a", list(range(6)))
     table = compute(index, pages, keys[:1])
     with pytest.raises(AssertionError, match="indexed already"):
-        index.insert(keys[1], table[0])
+        index.insert(keys[1], 0, table[0])
 
 
 def test_random_use_never_returns_a_page_of_other_tokens(index: PrefixIndex, pages: PageAllocator) -> None:
@@ -163,7 +172,7 @@ def test_random_use_never_returns_a_page_of_other_tokens(index: PrefixIndex, pag
     hits = 0
     for now in range(2000):
         keys = keys_of(rng.choice(["", "a"]), [rng.randrange(2) for _ in range(rng.randrange(13))])
-        hit = index.match(keys)
+        hit = match(index, keys)
         hits += len(hit)
         assert [content[page] for page in hit] == keys[: len(hit)]
         needed = len(keys) - len(hit)
@@ -173,7 +182,7 @@ def test_random_use_never_returns_a_page_of_other_tokens(index: PrefixIndex, pag
             index.evict(max(0, needed - pages.free))
             fresh = pages.alloc(needed, "kv")
             for key, page in zip(keys[len(hit) :], fresh, strict=True):
-                index.insert(key, page)
+                index.insert(key, 0, page)
                 content[page] = key
             in_use.append(hit + fresh)
         if in_use and (needed > spare or rng.random() < 0.4):
@@ -181,3 +190,89 @@ def test_random_use_never_returns_a_page_of_other_tokens(index: PrefixIndex, pag
         index.check_integrity()
         pages.check_integrity()
     assert hits > 500
+
+
+# Groups
+
+WINDOW = KVGroup(layers=(1,), window=4)  # behind n blocks of 3 it reads the last one
+WIDE = KVGroup(layers=(2,), window=6)  # ... the last two
+CHUNK = KVGroup(layers=(3,), chunk=9)  # ... the last n modulo 3
+
+
+def known(
+    index: PrefixIndex, pages: PageAllocator, keys: list[bytes], *blocks: set[int]
+) -> list[dict[int, int]]:
+    """Make some blocks of each group known: block → page."""
+    places: list[dict[int, int]] = []
+    for group, wanted in enumerate(blocks):
+        places.append(dict(zip(sorted(wanted), pages.alloc(len(wanted), "kv"), strict=True)))
+        for block, page in places[-1].items():
+            index.insert(keys[block], group, page)
+    index.check_integrity()
+    return places
+
+
+def test_a_bounded_group_needs_only_what_the_next_query_reads(pages: PageAllocator) -> None:
+    index = PrefixIndex(pages, (FULL, WIDE), page_tokens=3)
+    keys = keys_of("a", list(range(15)))
+    full, wide = known(index, pages, keys, {0, 1, 2, 3}, {2, 3})
+    assert index.match(keys) == ((full[0], full[1], full[2], full[3]), (-1, -1, wide[2], wide[3]))
+    assert index.match(keys[:3]) == ((), ())
+    assert index.match(keys_of("b", list(range(15)))) == ((), ())
+
+
+def test_of_several_prefixes_the_longest_that_all_groups_can_go_on_from_is_chosen(
+    pages: PageAllocator,
+) -> None:
+    index = PrefixIndex(pages, (WIDE, FULL), page_tokens=3)
+    keys = keys_of("a", list(range(15)))
+    wide, full = known(index, pages, keys, {0, 1, 3, 4}, {0, 1, 2, 3})
+    assert index.match(keys) == ((wide[0], wide[1]), (full[0], full[1]))
+
+
+def test_behind_the_end_of_a_chunk_nothing_of_its_group_is_read(pages: PageAllocator) -> None:
+    index = PrefixIndex(pages, (FULL, CHUNK), page_tokens=3)
+    keys = keys_of("a", list(range(15)))
+    full, chunk = known(index, pages, keys, {0, 1, 2, 3, 4}, {3})
+    assert index.match(keys[:3]) == ((full[0], full[1], full[2]), (-1, -1, -1))
+    assert index.match(keys) == ((full[0], full[1], full[2], full[3]), (-1, -1, -1, chunk[3]))
+
+
+def test_groups_share_no_pages_and_are_evicted_by_one_order(pages: PageAllocator) -> None:
+    index = PrefixIndex(pages, (FULL, WINDOW), page_tokens=3)
+    keys = keys_of("a", list(range(6)))
+    full, window = known(index, pages, keys, {0, 1}, {0, 1})
+    index.release([window[0]], now=1.0)
+    index.release([full[0], full[1], window[1]], now=2.0)
+    assert [page for page, _ in index.idle()] == [window[0], window[1], full[1], full[0]]
+    index.evict(1)
+    assert index.match(keys) == ((full[0], full[1]), (-1, window[1]))
+    index.evict(1)
+    assert index.match(keys) == ((), ())
+    index.check_integrity()
+
+
+def test_match_agrees_with_the_definition_for_any_blocks_and_groups() -> None:
+    rng = random.Random(11)
+    lengths = set()
+    for _ in range(1500):
+        pages = PageAllocator(40)
+        bounds = [(0, 0), (4, 0), (6, 0), (10, 0), (0, 9), (0, 5), (7, 6), (1, 0)]
+        groups = [KVGroup((), *rng.choice(bounds)) for _ in range(rng.randint(1, 3))]
+        index = PrefixIndex(pages, groups, page_tokens=3)
+        keys = keys_of("a", list(range(3 * rng.randint(0, 9))))
+        density = rng.choice([0.6, 0.8, 0.95, 1.0])
+        blocks = [{b for b in range(len(keys)) if rng.random() < density} for _ in groups]
+        places = known(index, pages, keys, *blocks)
+        firsts = {n: [g.first_key(3 * n) // 3 for g in groups] for n in range(len(keys) + 1)}
+        best = max(
+            n
+            for n, first in firsts.items()
+            if all({*range(f, n)} <= k for f, k in zip(first, blocks, strict=True))
+        )
+        lengths.add(best)
+        assert index.match(keys) == tuple(
+            tuple(-1 if block < first else place[block] for block in range(best))
+            for first, place in zip(firsts[best], places, strict=True)
+        )
+    assert lengths == set(range(10))

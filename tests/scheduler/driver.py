@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
-from motet.types import BASE, Chunk, Plan, Request, Sampled, SamplingParams, SeqOutput
+from motet.types import BASE, Chunk, KVGroup, Plan, Request, Sampled, SamplingParams, SeqOutput
 
 EOS = 2
+FULL = KVGroup(layers=(0,))
 
 
 class Driver:
@@ -20,8 +21,10 @@ class Driver:
         max_running: int = 10,
         max_model_len: int = 100,
         prefix_caching: bool = True,
+        groups: tuple[KVGroup, ...] = (FULL,),
     ) -> None:
         config = SchedulerConfig(
+            kv_groups=groups,
             page_tokens=4,
             max_step_tokens=max_step_tokens,
             max_running=max_running,

@@ -4,9 +4,12 @@ import pytest
 
 from motet.adapters.residency import Residency, Victim
 from motet.memory.pages import PageAllocator
+from motet.scheduler.blocks import KVLayout
 from motet.scheduler.fairness import PATIENCE, WaitingQueue
 from motet.scheduler.sequence import SequenceState
-from motet.types import BASE, Request, SamplingParams
+from motet.types import BASE, KVGroup, Request, SamplingParams
+
+LAYOUT = KVLayout((KVGroup(layers=(0,)),), page_tokens=3, max_step_tokens=7)
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def residency() -> Residency:
 
 def sequence(id: int, adapter: str = BASE, arrival: float | None = None) -> SequenceState:
     arrival = float(id) if arrival is None else arrival
-    return SequenceState.of(id, Request(str(id), (1,), SamplingParams(), adapter, arrival), page_tokens=3)
+    return SequenceState.of(id, Request(str(id), (1,), SamplingParams(), adapter, arrival), LAYOUT)
 
 
 def queue_of(*sequences: SequenceState) -> WaitingQueue:

@@ -18,7 +18,8 @@ def test_a_request_goes_from_prefill_over_decode_to_its_end() -> None:
     assert driver.scheduler.has_work
     plan = driver.plan()
     (chunk,) = plan.chunks
-    assert (chunk.tokens, chunk.start, chunk.sample, len(chunk.pages)) == ((11, 12, 13, 14, 15), 0, True, 2)
+    assert (chunk.tokens, chunk.start, chunk.sample) == ((11, 12, 13, 14, 15), 0, True)
+    assert [len(table) for table in chunk.pages] == [2]
     assert driver.commit(plan, token=21) == [SeqOutput("r", token_ids=(21,))]
     plan = driver.plan()
     (row,) = plan.chunks
@@ -202,9 +203,9 @@ def test_running_sequences_share_pages_as_soon_as_they_are_computed() -> None:
     driver.step()
     driver.add("b", prompt)
     plan = driver.plan()
-    a, b = driver.chunk(plan, "a"), driver.chunk(plan, "b")
-    assert a.pages[:2] == b.pages[:2]
-    assert a.pages[2] != b.pages[2]
+    ((a,), (b,)) = driver.chunk(plan, "a").pages, driver.chunk(plan, "b").pages
+    assert a[:2] == b[:2]
+    assert a[2] != b[2]
     assert driver.scheduler.stats().kv_pages == 4
 
 

@@ -19,7 +19,7 @@ from motet.observe.metrics import Metrics
 from motet.registry.catalog import Catalog
 from motet.server.app import create_app
 from motet.server.run import serve
-from motet.types import Delta, EngineStats, ModelSpec, PreparedAdapter, SamplingParams, TokenLogprob
+from motet.types import Delta, EngineStats, KVGroup, ModelSpec, PreparedAdapter, SamplingParams, TokenLogprob
 
 SPEC = ModelSpec(
     architecture="FakeForCausalLM",
@@ -34,6 +34,7 @@ SPEC = ModelSpec(
     max_model_len=500,
     num_experts=0,
     eos_token_ids=(0,),
+    kv_groups=(KVGroup((0, 1, 2)),),
     sites=(),
 )
 

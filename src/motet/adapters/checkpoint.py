@@ -2,26 +2,29 @@
 
     adapter_config.json, adapter_model.safetensors  →  {site: (A [r, in], B [out, r], scaling)}
 
-Checks go from cheap to dear: config, header, names and shapes against the base, and only then are the weights
-read, once. Nothing is rounded: bf16 and fp32 stay, fp16 becomes fp32, a pair of unequal dtypes becomes fp32.
+Checks go from cheap to dear: config, file size, header, names and shapes against the base, and only then are the
+weights read, once. Nothing is rounded: bf16 and fp32 stay, fp16 becomes fp32, a pair of unequal dtypes becomes fp32.
+Equal factors are one tensor, whether the file says so (a factor that experts share) or repeats them: so what the
+packed image shares follows from the digest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from motet.adapters.binding import Binding, ExpertsBinding, bind
+from motet.adapters.binding import Binding, bind
 from motet.adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, LoraConfig, parse_config
 from motet.adapters.safetensors_check import (
     WEIGHTS_NAME,
     TensorInfo,
+    check_size,
     open_regular,
     read_data,
     read_header,
@@ -31,15 +34,16 @@ from motet.errors import AdapterRefused
 from motet.types import ModelSpec
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-DIGEST_VERSION = b"motet-adapter-1"
+DIGEST_VERSION = b"motet-adapter-2"
+MAX_RANK_OF_FILE = 512  # the highest that vLLM serves; adapters in the field stay below 256
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
     """The update scaling · B @ A of one linear map.
 
-    `a` [r, in] and `b` [out, r] are contiguous, both bf16 or both fp32. Gate and up of fused experts share
-    A: then `a` is the same tensor object in both.
+    `a` [r, in] and `b` [out, r] are contiguous, both bf16 or both fp32. Factors that are equal in several sites are
+    the same tensor object in all of them.
     """
 
     a: Tensor
@@ -81,6 +85,7 @@ def load_checkpoint(path: Path, spec: ModelSpec) -> Checkpoint:
     """
     config = read_config(path)
     with open_regular(weights_path(path)) as file:
+        check_size(file, _max_weights(spec), 2 * len(spec.sites))
         tensors = read_header(file, 2 * len(spec.sites))
         bindings = bind(tensors, spec, config)
         data = read_data(file, tensors)
@@ -88,16 +93,24 @@ def load_checkpoint(path: Path, spec: ModelSpec) -> Checkpoint:
         extremes = torch.stack(torch.aminmax(data[info.name]))  # carry NaN; 9× as fast as isfinite(…).all()
         if not torch.isfinite(extremes).all():
             raise refused(f"tensor {info} holds NaN or infinity")
-    found = {site: factors for binding in bindings for site, factors in _factors(binding, data)}
-    factors = {site: found[site] for site in sorted(found)}
+    factors, sums = _shared(_factors(bindings, data))
+    if config.tied:
+        _check_tied(factors, spec)
+    distinct = {id(one.b): one.b for one in factors.values()}
+    zero = {key for key, b in distinct.items() if not b.any()}
     return Checkpoint(
-        digest=_digest(spec, factors),
+        digest=_digest(spec, factors, sums),
         factors=factors,
         config=config,
         num_parameters=sum(info.size for info in tensors),
         dtypes=tuple(sorted({info.dtype for info in tensors})),
-        no_effect=tuple(site for site, one in factors.items() if one.scaling == 0 or not one.b.any()),
+        no_effect=tuple(site for site, one in factors.items() if one.scaling == 0 or id(one.b) in zero),
     )
+
+
+def _max_weights(spec: ModelSpec) -> int:
+    """Bytes of an adapter of every map of the base with the highest rank, in fp32."""
+    return 4 * MAX_RANK_OF_FILE * sum(site.in_features + site.out_features for site in spec.sites)
 
 
 def read_config(path: Path) -> LoraConfig:
@@ -126,37 +139,73 @@ def weights_path(path: Path) -> Path:
     return weights
 
 
-def _factors(binding: Binding, data: dict[str, Tensor]) -> Iterator[tuple[int, LoraFactors]]:
-    a, b = _common(binding.a, binding.b, data)
-    if not isinstance(binding, ExpertsBinding):
-        yield binding.site, LoraFactors(a, b, binding.scaling)
-        return
-    experts, rank = len(binding.sites), binding.rank
-    rows = a.view(experts, rank, -1)  # [E, r, columns of A]
-    columns = b.view(-1, rank, experts)  # [rows of B, r, E]
-    if binding.transposed:
-        rows, columns = columns.permute(2, 1, 0).contiguous(), rows.transpose(1, 2).contiguous()
-    else:
-        columns = columns.permute(2, 0, 1).contiguous()
-    for sites, a_expert, b_expert in zip(binding.sites, rows, columns, strict=True):
-        for site, part in zip(sites, b_expert.chunk(len(sites)), strict=True):
-            yield site, LoraFactors(a_expert, part, binding.scaling)
+def _factors(bindings: list[Binding], data: dict[str, Tensor]) -> dict[int, LoraFactors]:
+    """The factors of every adapted site, ascending."""
+    wide: dict[str, Tensor] = {}  # in fp32, converted once even if many bindings share it
+    found: dict[int, LoraFactors] = {}
+    for binding in bindings:
+        a, b = _common(binding.a, binding.b, data, wide)
+        for site, one_a, one_b in binding.split(a, b):
+            found[site] = LoraFactors(one_a, one_b, binding.scaling)
+    return {site: found[site] for site in sorted(found)}
 
 
-def _common(a: TensorInfo, b: TensorInfo, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _common(
+    a: TensorInfo, b: TensorInfo, data: dict[str, Tensor], wide: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """The pair in the one dtype that holds both exactly: bf16, or fp32."""
-    dtype = torch.bfloat16 if a.dtype == b.dtype == "BF16" else torch.float32
-    return data[a.name].to(dtype), data[b.name].to(dtype)
+    if a.dtype == b.dtype == "BF16":
+        return data[a.name], data[b.name]
+    for info in (a, b):
+        if info.name not in wide:
+            wide[info.name] = data[info.name].float()
+    return wide[a.name], wide[b.name]
 
 
-def _digest(spec: ModelSpec, factors: dict[int, LoraFactors]) -> str:
-    """sha256 over the base's digest and, by site, shapes, dtype, scaling and bytes: one text, one meaning."""
+Sums = dict[int, bytes]
+"""sha256 of tensors, by id()."""
+
+
+def _shared(found: Mapping[int, LoraFactors]) -> tuple[dict[int, LoraFactors], Sums]:
+    """The same factors with equal tensors made one, and the sums of these tensors."""
+    by_place: dict[tuple[object, ...], Tensor] = {}  # views of one place need one sum
+    by_sum: dict[tuple[object, ...], Tensor] = {}
+    sums: Sums = {}
+
+    def one_of(tensor: Tensor) -> Tensor:
+        place = tensor.data_ptr(), tensor.shape, tensor.dtype
+        if place not in by_place:
+            total = hashlib.sha256(raw_bytes(tensor).numpy().data).digest()
+            first = by_sum.setdefault((total, tensor.shape, tensor.dtype), tensor)
+            sums[id(first)] = total
+            by_place[place] = first
+        return by_place[place]
+
+    factors = {site: LoraFactors(one_of(one.a), one_of(one.b), one.scaling) for site, one in found.items()}
+    return factors, sums
+
+
+def _check_tied(factors: Mapping[int, LoraFactors], spec: ModelSpec) -> None:
+    """PEFT makes the head's factors the embedding's: A is B transposed, and B is A transposed."""
+    found = {spec.sites[index].module: one for index, one in factors.items()}
+    embed, head = found.get("embed"), found.get("head")
+    if embed is None and head is None:
+        return
+    if embed and head and torch.equal(head.a, embed.b.T) and torch.equal(head.b, embed.a.T):
+        return
+    raise AdapterRefused(
+        f"{CONFIG_NAME}: ensure_weight_tying=True, but {WEIGHTS_NAME} does not hold one update for both embed_tokens "
+        "and lm_head; set it to false if they are not tied, as in PEFT before 0.19 and bases with two matrices"
+    )
+
+
+def _digest(spec: ModelSpec, factors: Mapping[int, LoraFactors], sums: Sums) -> str:
+    """sha256 over the base's digest and, by site, shapes, dtype, scaling and sums of bytes: one text, one meaning."""
     digest = hashlib.sha256(DIGEST_VERSION + b"\n" + spec.digest.encode() + b"\n")
     for site, one in factors.items():
         shape = f"{one.rank} {one.a.shape[1]} {one.b.shape[0]}"
         digest.update(f"{site} {shape} {one.a.dtype} {one.scaling.hex()}\n".encode())
-        digest.update(raw_bytes(one.a).numpy().data)
-        digest.update(raw_bytes(one.b).numpy().data)
+        digest.update(sums[id(one.a)] + sums[id(one.b)])
     return digest.hexdigest()
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import field
 from msgspec.structs import replace
 
-from motet.adapters.binding import DOWN, GATE_UP, Pair, pair_up
 from motet.adapters.checkpoint import Checkpoint, load_checkpoint, read_config, weights_path
+from motet.adapters.experts import PARAMETERS
+from motet.adapters.pairs import Pair, pair_up
 from motet.adapters.peft_config import LoraConfig
 from motet.adapters.safetensors_check import TensorInfo, open_regular, read_header
 from motet.errors import AdapterRefused
@@ -37,9 +39,10 @@ class FileReport(Struct, frozen=True):
 
 
 class ModuleReport(Struct, frozen=True):
-    """The adapted modules of one kind: how many, and their ranks and scalings.
+    """The adapted modules of one kind: how many, their ranks and scalings, and how many different A and B they have.
 
-    Without a model the kind is the last part of the module's path, and fused experts, whose parameter the
+    Less of A or B than modules means that modules share it, as experts may. Without a model the kind is the last part
+    of the module's path, a stack of all experts' factors counts as one module, and fused experts, whose parameter the
     names do not tell, have the ranks and scalings that the config states for either.
     """
 
@@ -49,6 +52,8 @@ class ModuleReport(Struct, frozen=True):
     max_rank: int
     min_scaling: float
     max_scaling: float
+    different_a: int
+    different_b: int
 
 
 class AdapterReport(Struct, frozen=True):
@@ -131,45 +136,61 @@ def _with_tensors(report: AdapterReport, tensors: list[TensorInfo]) -> AdapterRe
     )
 
 
+class _Row(NamedTuple):
+    """An adapted module; `a` and `b` tell its factors from others."""
+
+    kind: str
+    rank: int
+    scaling: float
+    a: Hashable
+    b: Hashable
+
+
 def _with_names(report: AdapterReport, pairs: list[Pair], config: LoraConfig) -> AdapterReport:
-    rows: list[tuple[str, int, float]] = []
-    fused: list[tuple[str, int, float]] = []
+    rows: list[_Row] = []
+    fused: list[_Row] = []
     for pair in pairs:
+        factors = pair.a.name, pair.b.name
         kind = pair.path.rpartition(".")[2]
         if kind != "experts":
-            rank = pair.a.shape[0]
-            rows.append((kind, rank, config.scaling(pair.path, rank)))
+            scaling = config.scaling(config.targeted(pair.path), pair.rank)
+            rows.append(_Row(kind, pair.rank, scaling, *factors))
             continue
-        for parameter in (GATE_UP, DOWN):
+        for parameter in PARAMETERS:
             name = f"{pair.path}.{parameter}"
             rank = config.rank(name)
-            fused.append((kind, rank, config.scaling(name, rank)))
+            fused.append(_Row(kind, rank, config.scaling(name, rank), *factors))
     modules = _modules(rows) + tuple(replace(kind, count=kind.count // 2) for kind in _modules(fused))
     return replace(report, modules=modules, layers=_numbers(_LAYER, pairs), experts=_numbers(_EXPERT, pairs))
 
 
 def _with_binding(report: AdapterReport, checkpoint: Checkpoint, spec: ModelSpec) -> AdapterReport:
-    sites = [(spec.sites[index], factors) for index, factors in checkpoint.factors.items()]
+    sites = [spec.sites[index] for index in checkpoint.factors]
     return replace(
         report,
-        modules=_modules((site.module, factors.rank, factors.scaling) for site, factors in sites),
-        layers=tuple(sorted({site.layer for site, _ in sites})),
-        experts=tuple(sorted({site.expert for site, _ in sites if site.expert >= 0})),
+        modules=_modules(
+            _Row(site.module, one.rank, one.scaling, id(one.a), id(one.b))
+            for site, one in zip(sites, checkpoint.factors.values(), strict=True)
+        ),
+        layers=tuple(sorted({site.layer for site in sites if 0 <= site.layer < spec.num_layers})),
+        experts=tuple(sorted({site.expert for site in sites if site.expert >= 0})),
         digest=checkpoint.digest,
         no_effect=tuple(str(spec.sites[index]) for index in checkpoint.no_effect),
         binds=True,
     )
 
 
-def _modules(rows: Iterable[tuple[str, int, float]]) -> tuple[ModuleReport, ...]:
-    """Gather (kind, rank, scaling) rows by kind, kinds in order of appearance."""
-    kinds: dict[str, list[tuple[int, float]]] = {}
-    for kind, rank, scaling in rows:
-        kinds.setdefault(kind, []).append((rank, scaling))
+def _modules(rows: Iterable[_Row]) -> tuple[ModuleReport, ...]:
+    """Gather rows by kind, kinds in order of appearance."""
+    kinds: dict[str, list[_Row]] = {}
+    for row in rows:
+        kinds.setdefault(row.kind, []).append(row)
     reports = []
     for kind, found in kinds.items():
-        ranks, scalings = [rank for rank, _ in found], [scaling for _, scaling in found]
-        reports.append(ModuleReport(kind, len(found), min(ranks), max(ranks), min(scalings), max(scalings)))
+        ranks, scalings = [row.rank for row in found], [row.scaling for row in found]
+        different = len({row.a for row in found}), len({row.b for row in found})
+        spans = min(ranks), max(ranks), min(scalings), max(scalings)
+        reports.append(ModuleReport(kind, len(found), *spans, *different))
     return tuple(reports)
 
 

@@ -4,7 +4,8 @@ Semantics, for a site with A [r, in] and B [out, r]:
     scaling · B @ A = sum over chunks c of scaling · Bt_c.T @ A_c,  A_c = A[rows of c], Bt_c = B.T[rows of c]
 A chunk is a slice of the rank, so A_c [rc, in] and Bt_c [rc, out] are runs of whole rows, row-major. No run
 crosses a page, so pages may lie anywhere in the pool. Runs begin at multiples of 64 bytes (a cache line; what
-vector loads and TMA want). An A that two sites share is stored once and pointed to twice.
+vector loads and TMA want). A factor that sites share, as A of gate and up or one of all experts, is stored once and
+pointed to by all of them.
 
 Packing goes through sites in order and puts a run into the first of a few open pages that has room. Runs
 are at most a quarter of a page where their rows allow, so that little stays empty. A page is opened only
@@ -97,7 +98,7 @@ class AdapterImage:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that hold weights; a shared A counts once."""
+        """Bytes that hold weights; a shared factor counts once."""
         return sum(size for _, _, size in set(_runs(self.chunks)))
 
     @property
@@ -153,23 +154,23 @@ def pack(checkpoint: Checkpoint, page_bytes: int) -> AdapterImage:
     filler = _Filler(page_bytes)
     rows: list[tuple[float, ...]] = []
     copies: list[tuple[int, int, Tensor]] = []  # page, offset, run
-    shared: dict[tuple[int, int, int], tuple[int, int]] = {}  # the place of ranks [start, end) of an A
+    placed: dict[tuple[int, str, int, int], tuple[int, int]] = {}  # where ranks [start, end) of a factor are
 
-    def put(run: Tensor) -> tuple[int, int]:
-        place = filler.place(run.numel() * run.element_size())
-        copies.append((*place, run))
-        return place
+    def put(factor: Tensor, side: str, start: int, end: int) -> tuple[int, int]:
+        key = id(factor), side, start, end
+        if key not in placed:
+            run = factor[start:end] if side == "A" else factor[:, start:end].T
+            placed[key] = filler.place(run.numel() * run.element_size())
+            copies.append((*placed[key], run))
+        return placed[key]
 
     for site, one in checkpoint.factors.items():
         wide = max(one.a.shape[1], one.b.shape[0])
         for start, end in _split(one.rank, wide * one.a.element_size(), page_bytes):
-            key = id(one.a), start, end
-            if key not in shared:
-                shared[key] = put(one.a[start:end])
-            b_place = put(one.b[:, start:end].T)
+            a_place, b_place = put(one.a, "A", start, end), put(one.b, "B", start, end)
             widths = one.a.shape[1], one.b.shape[0]
             code = BFLOAT16 if one.a.dtype == torch.bfloat16 else FLOAT32
-            rows.append((site, end - start, code, one.scaling, *widths, *shared[key], *b_place))
+            rows.append((site, end - start, code, one.scaling, *widths, *a_place, *b_place))
     pages = np.zeros((filler.num_pages, page_bytes), np.uint8)
     for page, offset, run in copies:
         data = raw_bytes(run.contiguous()).numpy()

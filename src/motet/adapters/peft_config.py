@@ -34,7 +34,6 @@ HARMLESS = {
     "runtime_config": "PEFT ignores it in files",
     "target_modules": "the tensors tell",
     "exclude_modules": "the tensors tell",
-    "target_parameters": "the tensors tell",
     "layers_to_transform": "the tensors tell",
     "layers_pattern": "the tensors tell",
     "lora_dropout": "training only",
@@ -45,11 +44,15 @@ HARMLESS = {
     "lora_ga_config": "used with init_lora_weights='lora_ga' only, which is refused",
     "eva_config": "initial values of A; the base is untouched",
     "qalora_group_size": "used with use_qalora only, which is refused",
-    "ensure_weight_tying": "concerns embeddings and modules_to_save, which are refused",
 }
 """Keys without a say in the result, and why."""
 
-USED = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
+USED = frozenset(
+    {
+        "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters",
+        "ensure_weight_tying",
+    }
+)  # fmt: skip
 
 REFUSED = {
     "use_dora": "DoRA rescales the base weights by a learned magnitude",
@@ -86,7 +89,11 @@ other adapters share.
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The facts of a LoRA config. `rank_values` and `alpha_values` are keyed by their patterns."""
+    """The facts of a LoRA config. `rank_values` and `alpha_values` are keyed by their patterns.
+
+    `tied` says that the output head has the embedding's update, transposed; `parameters` are names of parameters,
+    or ends of such names, that were adapted themselves instead of their modules.
+    """
 
     r: int
     alpha: float
@@ -98,6 +105,19 @@ class LoraConfig:
     base_model: str | None
     peft_version: str | None
     targets: tuple[str, ...]
+    tied: bool
+    parameters: frozenset[str]
+
+    def targeted(self, module: str) -> str:
+        """The name of the module that PEFT matches patterns against: with `.weight` if that parameter was targeted.
+
+        A router is such a module since transformers 5. PEFT compares the ends of names at dots.
+        """
+        if not self.parameters:
+            return module
+        parts = [*module.split("."), "weight"]
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        return f"{module}.weight" if any(end in self.parameters for end in ends) else module
 
     def rank(self, module: str) -> int:
         """The rank that PEFT gives to the module or parameter of this dotted name."""
@@ -133,6 +153,8 @@ def parse_config(data: bytes) -> LoraConfig:
         base_model=_text(config.get("base_model_name_or_path")),
         peft_version=_text(config.get("peft_version")),
         targets=_targets(config.get("target_modules")) + _targets(config.get("target_parameters")),
+        tied=_flag(config.get("ensure_weight_tying"), "ensure_weight_tying"),
+        parameters=frozenset(_targets(config.get("target_parameters"))),
     )
 
 

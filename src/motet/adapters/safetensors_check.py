@@ -33,6 +33,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 MIN_HEADER_BYTES = 1 << 20
 MAX_DIMENSION = 1 << 40
 MAX_DIMENSIONS = 8
+MAX_NAME = 1024  # names are matched against patterns in polynomial time; real ones stay below 150
 SPARE = 64  # brackets and commas beyond the tensors' own: metadata
 
 _ENTRY = {"dtype", "shape", "data_offsets"}
@@ -84,6 +85,14 @@ def open_regular(path: Path) -> BufferedReader:
 def max_header_bytes(max_tensors: int) -> int:
     """The longest header that `max_tensors` tensors may need."""
     return max(MIN_HEADER_BYTES, max_tensors * (1 << 20) // 1000)
+
+
+def check_size(file: BufferedReader, max_data: int, max_tensors: int) -> None:
+    """AdapterRefused if the file is larger than `max_data` bytes of weights in `max_tensors` tensors can need."""
+    total = os.fstat(file.fileno()).st_size
+    most = 8 + max_header_bytes(max_tensors) + max_data
+    if total > most:
+        raise refused(f"{total} bytes long; no adapter of this base needs more than {most}")
 
 
 def read_header(file: BufferedReader, max_tensors: int) -> list[TensorInfo]:
@@ -155,6 +164,8 @@ def _parse(header: bytes, max_tensors: int) -> list[TensorInfo]:
 
 
 def _entry(name: str, entry: object) -> TensorInfo:
+    if len(name) > MAX_NAME:
+        raise refused(f"tensor {show(name)} has a name of {len(name)} characters, more than {MAX_NAME}")
     if not isinstance(entry, dict) or set(entry) != _ENTRY:
         raise refused(f"tensor {show(name)} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], _numbers(entry["shape"]), _numbers(entry["data_offsets"])

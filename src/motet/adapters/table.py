@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from motet.adapters.image import ChunkTable
 from motet.kernels.lora import BFLOAT16, LoraTable
-from motet.memory.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class _Placed:
 
 
 class AdapterTable:
-    """Slots of the resident adapters of one pool."""
+    """Slots of the adapters that are resident in one memory of pages."""
 
-    def __init__(self, num_sites: int, pool: Pool) -> None:
+    def __init__(self, num_sites: int, memory: Tensor, page_bytes: int) -> None:
+        """`memory` holds the pages one after the other, uint8."""
         self._num_sites = num_sites
-        self._pool = pool
+        self._memory = memory
+        self._page_bytes = page_bytes
         self._slots: dict[str, int] = {}
         self._placed: dict[int, _Placed] = {}
         self.current = self._build()
@@ -65,7 +67,7 @@ class AdapterTable:
 
     def _place(self, chunks: ChunkTable, pages: NDArray[np.int64]) -> _Placed:
         width = np.where(chunks.dtype == BFLOAT16, 2, 4)
-        size = self._pool.page_bytes
+        size = self._page_bytes
         return _Placed(
             site=chunks.site.astype(np.int64),
             a=(pages[chunks.a_page] * size + chunks.a_offset) // width,
@@ -93,5 +95,5 @@ class AdapterTable:
             rank=np.concatenate([p.rank for p in parts]) if parts else np.zeros(0, np.int32),
             dtype=np.concatenate([p.dtype for p in parts]) if parts else np.zeros(0, np.int32),
             scale=np.concatenate([p.scale for p in parts]) if parts else np.zeros(0, np.float32),
-            pool=self._pool.flat,
+            pool=self._memory,
         )

@@ -62,6 +62,12 @@ def serve(
         typer.Option(help="Tokens computed in one step; longer prompts are cut in chunks. [default: 512]"),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all cores]")] = None,
+    verify_adapters: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify-adapters", help="Run a prompt through each adapter first; refuse what has no effect."
+        ),
+    ] = None,
     demo_adapters: Annotated[
         bool, typer.Option("--demo-adapters", help="Also serve the three demo adapters.")
     ] = False,
@@ -87,6 +93,7 @@ def serve(
             "max_running": max_running,
             "max_step_tokens": max_step_tokens,
             "threads": threads,
+            "verify_adapters": verify_adapters,
         },
         {"host": host, "port": port, "served_model_name": served_model_name},
         [*demo, *(adapter or [])],
@@ -161,6 +168,25 @@ def inspect(
     spec = load_spec(model_directory(model, Console(stderr=True))) if model else None
     if not print_report(Console(), path, spec, as_json):
         raise typer.Exit(1)
+
+
+@adapters_app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A PEFT LoRA directory.")],
+    model: Annotated[
+        str, typer.Option(help="The base: a model directory or hub id; 'embedded' is Motet's own.")
+    ] = "embedded",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the effects as JSON.")] = False,
+) -> None:
+    """Run a short prompt through base and adapter and say how much each of its tensors changes.
+
+    Exits with 1 if a tensor changes nothing, or if rows of the base change.
+    """
+    from motet.cli.service import model_directory
+    from motet.cli.verify import verify_adapter
+
+    console = Console(stderr=True)
+    verify_adapter(Console(), console, model_directory(model, console), path, as_json)
 
 
 def demo_paths() -> dict[str, str]:

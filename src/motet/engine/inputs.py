@@ -14,7 +14,7 @@ import torch
 from motet.adapters.table import AdapterTable
 from motet.kernels.attention import AttentionBatch, PrefillChunk
 from motet.kernels.lora import Segment, split_rows
-from motet.layers.batch import Batch, LoraBatch
+from motet.layers.batch import Batch, KVBatch, LoraBatch
 from motet.memory.pool import Pool
 from motet.types import Chunk, Plan
 
@@ -36,8 +36,7 @@ def build_inputs(plan: Plan, pool: Pool, table: AdapterTable) -> StepInputs:
     batch = Batch(
         tokens=torch.tensor([token for chunk in chunks for token in chunk.tokens]),
         positions=torch.from_numpy(positions),
-        kv_slots=torch.from_numpy(np.concatenate([_kv_slots(chunk, pool.page_tokens) for chunk in chunks])),
-        attention=_attention(rows),
+        groups=[_kv(rows, group, pool.page_tokens) for group in range(len(pool.spec.kv_groups))],
         kv=pool.kv,
         logit_rows=torch.tensor([row + len(c.tokens) - 1 for row, c in rows if c.sample], dtype=torch.int64),
         lora=_lora(rows, table),
@@ -45,43 +44,53 @@ def build_inputs(plan: Plan, pool: Pool, table: AdapterTable) -> StepInputs:
     return StepInputs(batch, tuple(chunk.seq for chunk in chunks if chunk.sample))
 
 
-def _kv_slots(chunk: Chunk, page_tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    position = np.arange(chunk.start, chunk.start + len(chunk.tokens), dtype=np.int32)
-    pages = np.asarray(chunk.pages, np.int32)
-    return pages[position // page_tokens] * np.int32(page_tokens) + position % np.int32(page_tokens)
-
-
-def _attention(rows: list[tuple[int, Chunk]]) -> AttentionBatch:
+def _kv(rows: list[tuple[int, Chunk]], group: int, page_tokens: int) -> KVBatch:
+    """One KV group's part of the batch; rows are (first row, chunk)."""
     decode = [(row, chunk) for row, chunk in rows if len(chunk.tokens) == 1]
-    longest = max((len(chunk.pages) for _, chunk in decode), default=0)
+    longest = max((len(chunk.pages[group]) for _, chunk in decode), default=0)
     pages = np.zeros((len(decode), longest), np.int32)
     for i, (_, chunk) in enumerate(decode):
-        pages[i, : len(chunk.pages)] = chunk.pages
-    return AttentionBatch(
+        pages[i, : len(chunk.pages[group])] = chunk.pages[group]
+    attention = AttentionBatch(
         decode_rows=torch.tensor([row for row, _ in decode], dtype=torch.int32),
         decode_lengths=torch.tensor([chunk.start + 1 for _, chunk in decode], dtype=torch.int32),
         decode_pages=torch.from_numpy(pages),
         prefill=[
-            PrefillChunk(row, chunk.start, len(chunk.tokens), torch.tensor(chunk.pages))
+            PrefillChunk(row, chunk.start, len(chunk.tokens), torch.tensor(chunk.pages[group]))
             for row, chunk in rows
             if len(chunk.tokens) > 1
         ],
     )
+    slots = np.concatenate([_kv_slots(chunk, group, page_tokens) for _, chunk in rows])
+    return KVBatch(torch.from_numpy(slots), attention)
+
+
+def _kv_slots(chunk: Chunk, group: int, page_tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    position = np.arange(chunk.start, chunk.start + len(chunk.tokens), dtype=np.int32)
+    pages = np.asarray(chunk.pages[group], np.int32)
+    return pages[position // page_tokens] * np.int32(page_tokens) + position % np.int32(page_tokens)
 
 
 def _lora(rows: list[tuple[int, Chunk]], table: AdapterTable) -> LoraBatch | None:
     """None when every row is the base's: then no LoRA kernel runs."""
-    segments: list[Segment] = []
-    slots = np.full(rows[-1][0] + len(rows[-1][1].tokens), -1, np.int32)
-    for row, chunk in rows:
-        slot, end = table.slot(chunk.adapter), row + len(chunk.tokens)
-        slots[row:end] = slot
-        if slot < 0:
-            continue
-        if segments and segments[-1].slot == slot:
-            segments[-1] = Segment(segments[-1].start, end, slot)
-        else:
-            segments.append(Segment(row, end, slot))
+    runs = [(row, row + len(chunk.tokens), table.slot(chunk.adapter)) for row, chunk in rows]
+    segments = _segments(runs)
     if not segments:
         return None
-    return LoraBatch(table.current, split_rows(segments), torch.from_numpy(slots))
+    slots = np.concatenate([np.full(end - start, slot, np.int32) for start, end, slot in runs])
+    sampled = [table.slot(chunk.adapter) for _, chunk in rows if chunk.sample]
+    head = _segments([(i, i + 1, slot) for i, slot in enumerate(sampled)])
+    return LoraBatch(table.current, segments, split_rows(segments), split_rows(head), torch.from_numpy(slots))
+
+
+def _segments(runs: list[tuple[int, int, int]]) -> list[Segment]:
+    """Runs (start, end, slot) of rows, neighbours of one slot joined, the base's left out."""
+    segments: list[Segment] = []
+    for start, end, slot in runs:
+        if slot < 0:
+            continue
+        if segments and (segments[-1].slot, segments[-1].end) == (slot, start):
+            segments[-1] = Segment(segments[-1].start, end, slot)
+        else:
+            segments.append(Segment(start, end, slot))
+    return segments

@@ -9,8 +9,10 @@ from pathlib import Path
 import msgspec
 import torch
 
+from motet.adapters.image import open_image
 from motet.adapters.pager import Pager
 from motet.config import EngineConfig
+from motet.engine.probe import probe_adapter
 from motet.engine.runner import Runner
 from motet.engine.sampler import SamplingRow
 from motet.errors import ConfigError, MotetError
@@ -58,11 +60,13 @@ class Engine:
                 max_running=config.max_running,
                 max_model_len=max_len,
                 prefix_caching=config.prefix_caching,
+                kv_groups=self.spec.kv_groups,
                 eos_token_ids=self.spec.eos_token_ids,
             ),
             pool.num_pages,
         )
         self._images: dict[str, Path] = {}
+        self._verify = config.verify_adapters
         self._weight_bytes = model.nbytes
         self._steps = 0
         self._loads = 0
@@ -101,7 +105,12 @@ class Engine:
         return [output] if output is not None else []
 
     def register_adapter(self, digest: str, image: Path, num_pages: int) -> None:
-        """Make an adapter known; it is loaded when a request wants it."""
+        """Make an adapter known; it is loaded when a request wants it.
+
+        With `verify_adapters`, AdapterRefused if it does not do what its file says.
+        """
+        if self._verify:
+            probe_adapter(self.runner.decoder, self.spec, open_image(image)).require()
         self._images[digest] = image
         self.scheduler.register_adapter(digest, num_pages)
 

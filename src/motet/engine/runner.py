@@ -12,7 +12,7 @@ from motet.engine.inputs import build_inputs
 from motet.engine.sampler import SamplingRow, sample
 from motet.kernels.attention import AttentionBatch
 from motet.kernels.lora import BFLOAT16, FLOAT32, LONG_SEGMENT, LoraTable, Segment, split_rows
-from motet.layers.batch import Batch, LoraBatch
+from motet.layers.batch import Batch, KVBatch, LoraBatch
 from motet.layers.decoder import Decoder
 from motet.memory.pool import Pool
 from motet.types import Chunk, Plan, Sampled
@@ -24,7 +24,7 @@ class Runner:
     def __init__(self, decoder: Decoder, pool: Pool) -> None:
         self.decoder = decoder
         self.pool = pool
-        self.table = AdapterTable(len(pool.spec.sites), pool)
+        self.table = AdapterTable(len(pool.spec.sites), pool.flat, pool.page_bytes)
 
     @torch.inference_mode()
     def execute(self, plan: Plan, row: Callable[[int], SamplingRow]) -> list[Sampled]:
@@ -42,8 +42,9 @@ class Runner:
     def warm_up(self) -> None:
         """Run every kernel once, so that the first request meets no compiler. Uses page 0, before it is anyone's."""
         length = LONG_SEGMENT + 1
-        prompt = Chunk(0, (1,) * length, 0, (0,) * length, "", True)
-        token = Chunk(1, (1,), 0, (0,), "", True)
+        groups = len(self.pool.spec.kv_groups)
+        prompt = Chunk(0, (1,) * length, 0, ((0,) * length,) * groups, "", True)
+        token = Chunk(1, (1,), 0, ((0,),) * groups, "", True)
         batch = build_inputs(Plan(chunks=(prompt, token)), self.pool, self.table).batch
         self.decoder(batch)
         self.decoder(_with_adapters(batch, self.pool))
@@ -73,5 +74,7 @@ def _with_adapters(batch: Batch, pool: Pool) -> Batch:
         decode_pages=torch.zeros(rows, 1, dtype=torch.int32),
         prefill=(),
     )
-    lora = LoraBatch(table, split_rows(segments), slots)
-    return Batch(batch.tokens, batch.positions, batch.kv_slots, attention, batch.kv, batch.logit_rows, lora)
+    head = [Segment(0, len(batch.logit_rows), 0)]
+    lora = LoraBatch(table, segments, split_rows(segments), split_rows(head), slots)
+    groups = [KVBatch(group.slots, attention) for group in batch.groups]
+    return Batch(batch.tokens, batch.positions, groups, batch.kv, batch.logit_rows, lora)

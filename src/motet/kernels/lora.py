@@ -15,7 +15,7 @@ projection adds 19 ms (2 cores). Long segments (prefill) are compute-bound and u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +35,9 @@ LONG_SEGMENT = 12
 
 BFLOAT16, FLOAT32 = 0, 1
 
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Is told of a site, what the base gave some rows there, and what the adapter added to it, both [n, width]."""
+
 
 @dataclass(frozen=True)
 class LoraTable:
@@ -42,7 +45,8 @@ class LoraTable:
 
     first, count: [sites, slots] int32, the run of chunks of a site and slot.
     a, b: [chunks] int64 offsets into the pool, in elements of the chunk's dtype; rank [chunks] int32,
-    dtype [chunks] int32 (BFLOAT16 or FLOAT32), scale [chunks] float32. `pool` is the pool's bytes.
+    dtype [chunks] int32 (BFLOAT16 or FLOAT32), scale [chunks] float32. `pool` is the pool's bytes. `observer`, if given,
+    is told of every update.
     """
 
     first: I32
@@ -53,6 +57,7 @@ class LoraTable:
     dtype: I32
     scale: F32
     pool: Tensor
+    observer: Observer | None = None
     pool16: U16 = field(init=False)
     pool32: F32 = field(init=False)
 
@@ -118,17 +123,33 @@ def lora_add_torch(
             column += width
 
 
+def chunk_factors(
+    table: LoraTable, site: int, slot: int, inputs: int, outputs: int
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """A [rank, inputs], B transposed [rank, outputs], both float32, and the scale of an adapter's chunks at a site."""
+    first = int(table.first[site, slot])
+    for chunk in range(first, first + int(table.count[site, slot])):
+        a, b = _factor(table, chunk, table.a[chunk], inputs), _factor(table, chunk, table.b[chunk], outputs)
+        yield a, b, float(table.scale[chunk])
+
+
 def _factor(table: LoraTable, chunk: int, offset: np.int64, width: int) -> Tensor:
     """The [rank, width] factor at an element offset of the pool, as float32."""
+    return _view(table, chunk, offset, width).float()
+
+
+def _view(table: LoraTable, chunk: int, offset: np.int64, width: int) -> Tensor:
+    """The same where it lies, in its own dtype."""
     kind = torch.bfloat16 if table.dtype[chunk] == BFLOAT16 else torch.float32
     rank = int(table.rank[chunk])
-    return table.pool.view(kind)[int(offset) : int(offset) + rank * width].view(rank, width).float()
+    return table.pool.view(kind)[int(offset) : int(offset) + rank * width].view(rank, width)
 
 
 def lora_add(
     y: Tensor, x: Tensor, table: LoraTable, site: int, widths: Sequence[int], rows: LoraRows
 ) -> None:
     """Add every adapter's update of sites `site` … `site + len(widths) - 1` to y [T, sum(widths)] in place."""
+    before = None if table.observer is None else y.clone()
     if len(rows.rows):
         _rows_kernel(
             y.numpy(), x.numpy(), rows.rows, rows.slots, rows.sites, site, np.array(widths, np.int64),
@@ -137,6 +158,41 @@ def lora_add(
         )  # fmt: skip
     if rows.long:
         lora_add_torch(y, x, table, site, widths, rows.long)
+    if before is not None:
+        _observe(y, before, table, site, widths, rows)
+
+
+def _observe(
+    y: Tensor, before: Tensor, table: LoraTable, site: int, widths: Sequence[int], rows: LoraRows
+) -> None:
+    assert table.observer is not None
+    single = zip(rows.rows.tolist(), rows.slots.tolist(), rows.sites.tolist(), strict=True)
+    for segment in (*rows.long, *(Segment(row, row + 1, slot, where) for row, slot, where in single)):
+        part, column = slice(segment.start, segment.end), 0
+        for member, width in enumerate(widths):
+            base = before[part, column : column + width]
+            table.observer(site + segment.site + member, base, y[part, column : column + width] - base)
+            column += width
+
+
+def lora_embed(
+    x: Tensor, tokens: Tensor, vocabulary: int, table: LoraTable, site: int, segments: Sequence[Segment]
+) -> None:
+    """Add the update of the embedding, whose input is a one-hot token: x[t] += scale * A[:, tokens[t]] @ B, in place.
+
+    x: [T, H] float32, tokens: [T] int64; A is [r, vocabulary], of which a token reads one column.
+    """
+    for segment in segments:
+        index = site, segment.slot
+        first = int(table.first[index])
+        for chunk in range(first, first + int(table.count[index])):
+            rows = slice(segment.start, segment.end)
+            a = _view(table, chunk, table.a[chunk], vocabulary)[:, tokens[rows]].float()
+            b = _factor(table, chunk, table.b[chunk], x.shape[1])
+            update = a.T.mul(float(table.scale[chunk])) @ b
+            if table.observer is not None:
+                table.observer(site, x[rows].clone(), update)
+            x[rows] += update
 
 
 @inline

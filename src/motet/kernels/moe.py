@@ -1,9 +1,9 @@
-"""Mixture of experts: routing, one sort by (expert, adapter), expert products, weighted combine.
+"""Mixture of experts: one sort by (expert, adapter), expert products, weighted combine.
 
-Semantics, for token t with router logits g[t] = x[t] @ router.T:
-    p = softmax(g[t]); E_t = the k experts of largest p; w_e = p_e, with `normalise` p_e / sum_{E_t} p
-    out[t] = sum_{e in E_t} w_e · down_e(silu(gate_e x[t]) * up_e x[t])
-    where gate_e, up_e and down_e include the update of token t's adapter for expert e.
+Semantics, for token t whose router chose the experts E_t with weights w_e (`kernels.route`):
+    out[t] = sum_{e in E_t} w_e · down_e(act(gate_up_e x[t] + gate_up_bias_e)) + down_bias_e
+    where gate_up_e and down_e include the update of token t's adapter for expert e; with `on_input` w_e multiplies
+    x[t] instead.
     x: [T, H] float32; gate_up: per expert [2·I, H]; down: per expert [H, I].
 
 The pairs (token, expert) are sorted once by (expert, adapter slot); the base products, the updates and the combine all
@@ -12,7 +12,7 @@ use that order, so cost follows the pairs that exist and not how many adapters a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,16 +21,29 @@ import torch
 from torch import Tensor
 
 from motet.kernels.activation import silu_mul
-from motet.kernels.linear import PackedWeight, linear
+from motet.kernels.linear import Weight, linear
 from motet.kernels.lora import LoraRows, LoraTable, Segment, lora_add, lora_add_torch, split_rows
+from motet.kernels.route import RoutingRule, choose_experts
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer: weights per expert, biases [E, 2·I] and [E, H], the activation [P, 2·I] → [P, I]."""
+
+    gate_up: Sequence[Weight]
+    down: Sequence[Weight]
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    activation: Callable[[Tensor], Tensor] = silu_mul
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Pairs in sorted order: `token` [P] their token, `inverse` [T, k] where a token's pairs are, `weight` [T, k],
-    `bounds` the rows [start, end) of each expert, `lora` the rows that carry an adapter (None: none does)."""
+    """Pairs in sorted order: `token` [P] and `expert` [P] of each, `inverse` [T, k] where a token's pairs are,
+    `weight` [T, k], `bounds` the rows [start, end) of each expert, `lora` the rows that carry an adapter or None."""
 
     token: Tensor
+    expert: Tensor
     inverse: Tensor
     weight: Tensor
     bounds: Sequence[tuple[int, int]]
@@ -50,55 +63,60 @@ class ExpertLora:
 
 
 def moe_torch(
-    x: Tensor, router: Tensor, gate_up: Sequence[Tensor], down: Sequence[Tensor], top_k: int,
-    normalise: bool, lora: ExpertLora | None = None,
+    x: Tensor, logits: Tensor, rule: RoutingRule, gate_up: Sequence[Tensor], down: Sequence[Tensor],
+    experts: Experts, lora: ExpertLora | None = None,
 ) -> Tensor:  # fmt: skip
-    """Reference: token by token, expert by expert."""
+    """Reference: token by token, expert by expert, with plain weights; biases and activation from `experts`."""
     out = torch.zeros_like(x)
-    probabilities = torch.softmax(x @ router.T, dim=-1)
+    all_weights, all_experts = choose_experts(logits, rule)
     for t in range(x.shape[0]):
-        weights, experts = probabilities[t].topk(top_k)
-        weights = weights / weights.sum() if normalise else weights
-        for weight, expert in zip(weights, experts.tolist(), strict=True):
-            row = x[t : t + 1]
+        for weight, expert in zip(all_weights[t], all_experts[t].tolist(), strict=True):
+            row = x[t : t + 1] * weight if rule.on_input else x[t : t + 1]
             slot = -1 if lora is None else int(lora.slots[t])
             one = [Segment(0, 1, slot, 3 * expert)] if slot >= 0 else []
             h = row @ gate_up[expert].T
+            if experts.gate_up_bias is not None:
+                h += experts.gate_up_bias[expert]
             if lora is not None:
                 half = h.shape[1] // 2
                 lora_add_torch(h, row, lora.table, lora.site, (half, half), one)
-            a = silu_mul(h)
+            a = experts.activation(h)
             o = a @ down[expert].T
+            if experts.down_bias is not None:
+                o += experts.down_bias[expert]
             if lora is not None:
                 lora_add_torch(o, a, lora.table, lora.site + 2, (o.shape[1],), one)
-            out[t] += weight * o[0]
+            out[t] += o[0] if rule.on_input else weight * o[0]
     return out
 
 
 def moe(
-    x: Tensor, router: PackedWeight, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], top_k: int,
-    normalise: bool, lora: ExpertLora | None = None,
-) -> Tensor:  # fmt: skip
-    """x [T, H] to [T, H]; see the module's semantics."""
-    routing = route(linear(x, router), top_k, normalise, lora)
+    x: Tensor, logits: Tensor, rule: RoutingRule, experts: Experts, lora: ExpertLora | None = None
+) -> Tensor:
+    """x [T, H] and router logits [T, E] to [T, H]; see the module's semantics."""
+    routing = route(logits, rule, lora)
     rows = x[routing.token]
-    h = _grouped(rows, gate_up, routing)
+    if rule.on_input:
+        sorted_weight = torch.empty(len(routing.token)).scatter_(
+            0, routing.inverse.view(-1), routing.weight.view(-1)
+        )
+        rows *= sorted_weight[:, None]
+    h = _grouped(rows, experts.gate_up, experts.gate_up_bias, routing)
     if lora is not None and routing.lora is not None:
         half = h.shape[1] // 2
         lora_add(h, rows, lora.table, lora.site, (half, half), routing.lora)
-    a = silu_mul(h)
-    o = _grouped(a, down, routing)
+    a = experts.activation(h)
+    o = _grouped(a, experts.down, experts.down_bias, routing)
     if lora is not None and routing.lora is not None:
         lora_add(o, a, lora.table, lora.site + 2, (o.shape[1],), routing.lora)
-    return (o[routing.inverse] * routing.weight[..., None]).sum(1)
+    pairs = o[routing.inverse]
+    return (pairs if rule.on_input else pairs * routing.weight[..., None]).sum(1)
 
 
-def route(logits: Tensor, top_k: int, normalise: bool, lora: ExpertLora | None) -> Routing:
-    """logits [T, E] float32 to the sorted pairs of each token's top-k experts."""
+def route(logits: Tensor, rule: RoutingRule, lora: ExpertLora | None) -> Routing:
+    """logits [T, E] float32 to the sorted pairs of each token's experts."""
     tokens, num_experts = logits.shape
-    weight, expert = torch.softmax(logits, dim=-1).topk(top_k, dim=-1)
-    if normalise:
-        weight = weight / weight.sum(-1, keepdim=True)
+    weight, expert = choose_experts(logits, rule)
     key = expert.numpy().astype(np.int64)
     slots = None if lora is None else lora.slots.numpy()
     stride = 1
@@ -112,8 +130,9 @@ def route(logits: Tensor, top_k: int, normalise: bool, lora: ExpertLora | None) 
     ordered = flat[order]
     edges = np.searchsorted(ordered, np.arange(num_experts + 1) * stride)
     return Routing(
-        token=torch.from_numpy(order // top_k),
-        inverse=torch.from_numpy(inverse.reshape(tokens, top_k)),
+        token=torch.from_numpy(order // rule.top_k),
+        expert=torch.from_numpy(ordered // stride),
+        inverse=torch.from_numpy(inverse.reshape(tokens, rule.top_k)),
         weight=weight,
         bounds=[(int(a), int(b)) for a, b in pairwise(edges)],
         lora=None if slots is None else split_rows(_segments(ordered, stride)),
@@ -132,10 +151,10 @@ def _segments(ordered: np.ndarray[tuple[int], np.dtype[np.int64]], stride: int) 
     ]
 
 
-def _grouped(rows: Tensor, weights: Sequence[PackedWeight], routing: Routing) -> Tensor:
-    """Each expert's weight applied to its run of rows."""
+def _grouped(rows: Tensor, weights: Sequence[Weight], bias: Tensor | None, routing: Routing) -> Tensor:
+    """Each expert's weight applied to its run of rows, and its bias [E, N] added."""
     out = rows.new_empty(rows.shape[0], weights[0].out_features)
     for (start, end), weight in zip(routing.bounds, weights, strict=True):
         if end > start:
             out[start:end] = linear(rows[start:end], weight)
-    return out
+    return out if bias is None else out.add_(bias[routing.expert])

@@ -1,14 +1,12 @@
-"""Feed-forward blocks: dense SwiGLU, and a mixture of SwiGLU experts."""
+"""Feed-forward blocks: dense SwiGLU, and a mixture of experts."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from motet.kernels.activation import silu_mul
-from motet.kernels.linear import PackedWeight
-from motet.kernels.moe import ExpertLora, moe
+from motet.kernels.moe import ExpertLora, Experts, moe
+from motet.kernels.route import RoutingRule
 from motet.layers.batch import Batch
 from motet.layers.linear import AdaptedLinear
 
@@ -26,28 +24,27 @@ class DenseMLP:
 
 
 class SparseMLP:
-    """A router and its experts; with `normalise`, the weights of a token's experts sum to one.
+    """A router, its experts, and possibly a shared expert that every token passes beside them.
 
     Expert e's gate, up and down are table sites `site + 3·e` and the two after it.
     """
 
     def __init__(
         self,
-        router: PackedWeight,
-        gate_up: Sequence[PackedWeight],
-        down: Sequence[PackedWeight],
-        top_k: int,
+        router: AdaptedLinear,
+        rule: RoutingRule,
+        experts: Experts,
         site: int,
-        normalise: bool,
+        shared: DenseMLP | None = None,
     ) -> None:
         self.router = router
-        self.gate_up = gate_up
-        self.down = down
-        self.top_k = top_k
+        self.rule = rule
+        self.experts = experts
         self.site = site
-        self.normalise = normalise
+        self.shared = shared
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, H] to [T, H]."""
         lora = None if batch.lora is None else ExpertLora(batch.lora.table, self.site, batch.lora.slots)
-        return moe(x, self.router, self.gate_up, self.down, self.top_k, self.normalise, lora)
+        out = moe(x, self.router(x, batch), self.rule, self.experts, lora)
+        return out if self.shared is None else out.add_(self.shared(x, batch))

@@ -5,26 +5,35 @@ Who owns a page is decided in `memory.pages` and `adapters.residency`; this room
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from motet.errors import ConfigError
 from motet.kernels.kv_write import KVLayout
-from motet.types import ModelSpec
+from motet.types import ModelSpec, Site
 
 PAGE_ALIGNMENT = 64
 MIN_RANK_ROWS = 16
 
 
 def page_bytes(spec: ModelSpec, page_tokens: int) -> int:
-    """Bytes of a page: the KV of `page_tokens` tokens in float32, or more if an adapter's row needs it.
+    """Bytes of a page: the KV of `page_tokens` tokens in one KV group, or more if an adapter's row needs it.
 
-    A page also holds at least MIN_RANK_ROWS rows of the widest factor, so that tiny models can page adapters too.
+    A page also holds at least MIN_RANK_ROWS rows of the widest factor inside the layers, so that tiny models can page
+    adapters too, and one row of a factor as wide as the vocabulary.
     """
-    kv = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * page_tokens * 4
-    widest = max((max(site.in_features, site.out_features) for site in spec.sites), default=0)
-    size = max(kv, widest * 4 * MIN_RANK_ROWS)
+    layers = len(spec.kv_groups[0].layers)
+    kv = layers * spec.kv_planes * spec.num_kv_heads * spec.head_dim * page_tokens * 4
+    inside = [site for site in spec.sites if site.module not in ("embed", "head")]
+    rows = max(_widest(inside) * MIN_RANK_ROWS, _widest(spec.sites))
+    size = max(kv, rows * 4)
     return -(-size // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+
+
+def _widest(sites: Sequence[Site]) -> int:
+    return max((max(site.in_features, site.out_features) for site in sites), default=0)
 
 
 class Pool:
@@ -50,14 +59,15 @@ class Pool:
 
     @property
     def kv(self) -> KVLayout:
-        """The pool seen as KV pages of all layers."""
+        """The pool seen as KV pages of one group's layers."""
         spec = self.spec
         return KVLayout(
             flat=self.flat.view(torch.float32),
             num_pages=self.num_pages,
             page_stride=self.page_bytes // 4,
-            num_layers=spec.num_layers,
+            num_layers=len(spec.kv_groups[0].layers),
             num_kv_heads=spec.num_kv_heads,
             page_tokens=self.page_tokens,
             head_dim=spec.head_dim,
+            planes=spec.kv_planes,
         )

@@ -1,24 +1,18 @@
-"""What the Llama family has in common: geometry, sites, the parts of a layer, and the refusal of unknown options."""
+"""What the decoder families have in common: geometry, sites, KV groups, and the refusal of unknown options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from motet.errors import ModelRefused
-from motet.kernels.linear import PackedWeight
-from motet.layers.attention import Attention, HeadNorms
-from motet.layers.decoder import Decoder, DecoderLayer
-from motet.layers.linear import AdaptedLinear
-from motet.layers.mlp import DenseMLP, SparseMLP
 from motet.layers.rotary import Rotary, rotary_table
-from motet.models.weights import Weights
-from motet.types import FusedExperts, ModelSpec, Site
+from motet.types import FULL, FusedExperts, KVGroup, ModelSpec, Site
 
 
 @dataclass(frozen=True)
@@ -38,16 +32,72 @@ class Geometry:
         return Geometry(config.hidden_size, heads, config.num_key_value_heads, head_dim)
 
 
+_FP8 = {
+    "quant_method": ("fp8",),
+    "activation_scheme": ("dynamic",),
+    "fmt": ("e4m3",),
+    "scale_fmt": ("float", "ue8m0"),
+    "expert_dtype": ("fp8",),
+}
+"""Values of a quantization_config that say: weights are in eight-bit floats with scales per block, inputs are not."""
+_FP8_HARMLESS = {
+    "weight_block_size",
+    "modules_to_not_convert",
+    "modules_to_convert",
+    "ignored_layers",
+    "dequantize",
+}
+"""Which tensors are in eight bits is told by their scales."""
+
+
+def fp8_block(config: PretrainedConfig) -> tuple[int, int] | None:
+    """The block size [outputs, inputs] of a checkpoint in eight-bit floats with one scale per block, else None."""
+    quantisation = getattr(config, "quantization_config", None) or {}
+    block = quantisation.get("weight_block_size")
+    known = all(
+        option in _FP8_HARMLESS or value in _FP8.get(option, ()) for option, value in quantisation.items()
+    )
+    if not known or "quant_method" not in quantisation or not block or len(block) != 2 or min(block) < 1:
+        return None
+    return block[0], block[1]
+
+
 def refuse_options(config: PretrainedConfig, supported: Mapping[str, object]) -> None:
-    """Refuse by name every listed option whose value is not the supported one."""
-    for option, value in supported.items():
+    """Refuse by name every listed option whose value is not the supported one.
+
+    Quantised weights are refused unless listed, but for those in eight-bit floats (`fp8_block`): they become float32.
+    """
+    if getattr(config, "is_heterogeneous", False):
+        raise ModelRefused(f"per_layer_config is not supported for {config.model_type}")
+    unquantised = {} if fp8_block(config) else {"quantization_config": None}
+    for option, value in {**unquantised, **supported}.items():
         found = getattr(config, option, value)
         if found != value:
             raise ModelRefused(
                 f"{option} = {found!r} is not supported for {config.model_type}, only {value!r} is"
             )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelRefused(f"quantised weights are not supported for {config.model_type}")
+
+
+_COMPUTING = (
+    "alibi", "bias", "clip", "expert", "layer_types", "moe", "multiplier", "qk_norm", "residual", "rope", "rotary",
+    "scal", "sink", "softcap", "window",
+)  # fmt: skip
+"""Parts of the names of options that change what a decoder computes."""
+
+
+def refuse_unknown_options(config: PretrainedConfig, harmless: Sequence[str] = ()) -> None:
+    """Refuse by name options that the config's class does not have and whose names say that they change the result.
+
+    Such a checkpoint expects other code than its architecture's. Notes such as `unsloth_version` are left alone.
+    """
+    fields, aliases = getattr(type(config), "__dataclass_fields__", ()), getattr(config, "attribute_map", {})
+    known = {*fields, *aliases, *aliases.values(), *harmless}
+    for option, value in config.to_dict().items():
+        neutral = value is not True and value in (None, False, 1)
+        if neutral or option in known or option.startswith("_"):
+            continue
+        if any(part in option for part in _COMPUTING):
+            raise ModelRefused(f"{option} = {value!r} is not known for {config.model_type}, so not supported")
 
 
 def attention_sites(g: Geometry, layer: int) -> list[Site]:
@@ -62,21 +112,69 @@ def attention_sites(g: Geometry, layer: int) -> list[Site]:
 
 
 def mlp_sites(
-    layer: int, hidden: int, wide: int, paths: Sequence[Sequence[str]], expert: int = -1
+    layer: int, hidden: int, wide: int, paths: Sequence[Sequence[str]], expert: int = -1, prefix: str = ""
 ) -> list[Site]:
     """gate, up and down of one MLP or expert; `paths` are the names of each of the three."""
     gate, up, down = (tuple(names) for names in paths)
     return [
-        Site(layer, "gate", expert, hidden, wide, gate),
-        Site(layer, "up", expert, hidden, wide, up),
-        Site(layer, "down", expert, wide, hidden, down),
+        Site(layer, f"{prefix}gate", expert, hidden, wide, gate),
+        Site(layer, f"{prefix}up", expert, hidden, wide, up),
+        Site(layer, f"{prefix}down", expert, wide, hidden, down),
     ]
+
+
+def projections(path: str) -> list[list[str]]:
+    """The names of gate, up and down below the module `path`."""
+    return [[f"{path}.{name}_proj"] for name in ("gate", "up", "down")]
 
 
 def dense_mlp_sites(config: PretrainedConfig, layer: int) -> list[Site]:
     """The three projections of Llama's MLP."""
-    names = [[f"model.layers.{layer}.mlp.{name}_proj"] for name in ("gate", "up", "down")]
-    return mlp_sites(layer, config.hidden_size, config.intermediate_size, names)
+    return mlp_sites(
+        layer, config.hidden_size, config.intermediate_size, projections(f"model.layers.{layer}.mlp")
+    )
+
+
+def router_site(config: PretrainedConfig, layer: int, num_experts: int, *paths: str) -> Site:
+    """The map from hidden states to the scores of experts."""
+    return Site(layer, "router", -1, config.hidden_size, num_experts, paths)
+
+
+def reaches(config: PretrainedConfig) -> list[KVGroup]:
+    """How far each layer sees, from `layer_types`, `sliding_window` and `attention_chunk_size`."""
+    window = getattr(config, "sliding_window", None) or 0
+    known = {
+        "full_attention": FULL,
+        "sliding_attention": KVGroup((), window=window),
+        "chunked_attention": KVGroup((), chunk=getattr(config, "attention_chunk_size", None) or 0),
+    }
+    default = "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
+    for kind in kinds:
+        if kind not in known:
+            raise ModelRefused(f"layer type {kind!r} is not supported for {config.model_type}")
+        if kind != "full_attention" and known[kind] == FULL:
+            option = "sliding_window" if kind == "sliding_attention" else "attention_chunk_size"
+            raise ModelRefused(
+                f"layer type {kind!r} of {config.model_type} needs {option}, which is not given"
+            )
+    return [known[kind] for kind in kinds]
+
+
+def kv_groups(reaches: Sequence[KVGroup]) -> tuple[KVGroup, ...]:
+    """KV groups from how far each layer sees (its `layers` are ignored): layers that see equally far share groups.
+
+    All groups have equally many layers, the most that every kind can be cut into, so that one page size fits all.
+    """
+    kinds: dict[KVGroup, list[int]] = {}
+    for layer, reach in enumerate(reaches):
+        kinds.setdefault(KVGroup((), reach.window, reach.chunk), []).append(layer)
+    size = gcd(*(len(layers) for layers in kinds.values()))
+    return tuple(
+        KVGroup(tuple(layers[start : start + size]), reach.window, reach.chunk)
+        for reach, layers in kinds.items()
+        for start in range(0, len(layers), size)
+    )
 
 
 def common_spec(
@@ -87,137 +185,49 @@ def common_spec(
     fused: Sequence[FusedExperts] = (),
     num_experts: int = 0,
 ) -> ModelSpec:
-    """The ModelSpec of a Llama-like config."""
+    """The ModelSpec of a Llama-like config; `sites` are those of the layers."""
     geometry = Geometry.of(config)
     eos = config.eos_token_id
+    hidden, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     return ModelSpec(
         architecture=config.model_type,
         name=name,
         digest=digest,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
+        num_layers=layers,
+        hidden_size=hidden,
         num_heads=geometry.heads,
         num_kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
-        vocab_size=config.vocab_size,
+        vocab_size=vocabulary,
         max_model_len=config.max_position_embeddings,
         num_experts=num_experts,
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
-        sites=tuple(sites),
+        kv_groups=kv_groups(reaches(config)),
+        sites=(
+            Site(-1, "embed", -1, vocabulary, hidden, ("model.embed_tokens",)),
+            *sites,
+            Site(layers, "head", -1, hidden, vocabulary, ("lm_head", "model.unembed_tokens")),
+        ),
         fused=tuple(fused),
     )
 
 
-def pack(*weights: Tensor) -> PackedWeight:
-    """Weights that read the same input, stacked along their outputs and packed."""
-    return PackedWeight(weights[0] if len(weights) == 1 else torch.cat(weights))
-
-
-def rotary(config: PretrainedConfig, max_positions: int) -> Rotary:
-    """The rotation table of a config's rope parameters."""
+def rotary(
+    config: PretrainedConfig, max_positions: int, dim: int | None = None, interleaved: bool = False
+) -> Rotary:
+    """The rotation table of a config's rope parameters, for heads of which `dim` (default all) elements rotate."""
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
+    part = parameters.get("partial_rotary_factor", 1.0)
+    if dim is None and part != 1:
+        raise ModelRefused(
+            f"partial_rotary_factor = {part} is not supported for {config.model_type}, only 1.0 is"
+        )
     if kind == "default":
-        dim = Geometry.of(config).head_dim
+        dim = dim or Geometry.of(config).head_dim
         inverse = 1.0 / parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-        return rotary_table(inverse, max_positions, 1.0)
+        return rotary_table(inverse, max_positions, 1.0, interleaved)
     if kind not in ("linear", "llama3", "yarn"):
-        raise ModelRefused(f"rope_type {kind!r} is not supported")
+        raise ModelRefused(f"rope_type {kind!r} is not supported for {config.model_type}")
     inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return rotary_table(inverse, max_positions, scale)
-
-
-class Builder:
-    """Builds the parts of a Llama-like decoder from a checkpoint; an architecture's file says which parts."""
-
-    def __init__(
-        self, config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int
-    ) -> None:
-        self.config = config
-        self.weights = weights
-        self.geometry = Geometry.of(config)
-        self._rotary = rotary(config, max_positions)
-        self._index = {(site.layer, site.module, site.expert): i for i, site in enumerate(spec.sites)}
-
-    def site(self, layer: int, module: str, expert: int = -1) -> int:
-        """A site's index in the adapter table."""
-        return self._index[layer, module, expert]
-
-    def attention(self, layer: int, head_norms: bool = False) -> Attention:
-        """Self-attention; with `head_norms`, q and k are normalised per head before the rotation."""
-        g, take, path = self.geometry, self.weights.take, f"model.layers.{layer}.self_attn"
-        q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
-        qkv = pack(
-            take(f"{path}.q_proj.weight", q, g.hidden),
-            take(f"{path}.k_proj.weight", kv, g.hidden),
-            take(f"{path}.v_proj.weight", kv, g.hidden),
-        )
-        out = pack(take(f"{path}.o_proj.weight", g.hidden, q))
-        norms = None
-        if head_norms:
-            norms = HeadNorms(
-                take(f"{path}.q_norm.weight", g.head_dim),
-                take(f"{path}.k_norm.weight", g.head_dim),
-                self.config.rms_norm_eps,
-            )
-        return Attention(
-            AdaptedLinear(qkv, self.site(layer, "q"), (q, kv, kv)),
-            AdaptedLinear(out, self.site(layer, "o"), (g.hidden,)),
-            self._rotary,
-            layer,
-            g.heads,
-            norms,
-        )
-
-    def dense_mlp(self, layer: int) -> DenseMLP:
-        """Llama's MLP."""
-        wide, hidden = self.config.intermediate_size, self.config.hidden_size
-        take, path = self.weights.take, f"model.layers.{layer}.mlp"
-        gate_up = pack(
-            take(f"{path}.gate_proj.weight", wide, hidden), take(f"{path}.up_proj.weight", wide, hidden)
-        )
-        down = pack(take(f"{path}.down_proj.weight", hidden, wide))
-        return DenseMLP(
-            AdaptedLinear(gate_up, self.site(layer, "gate"), (wide, wide)),
-            AdaptedLinear(down, self.site(layer, "down"), (hidden,)),
-        )
-
-    def sparse_mlp(
-        self, layer: int, router: str, names: Sequence[Sequence[str]], wide: int, normalise: bool
-    ) -> SparseMLP:
-        """A mixture of experts; `names` are each expert's gate, up and down weights, `wide` their inner size."""
-        hidden, take = self.config.hidden_size, self.weights.take
-        gate_up, down = [], []
-        for gate_name, up_name, down_name in names:
-            gate_up.append(pack(take(gate_name, wide, hidden), take(up_name, wide, hidden)))
-            down.append(pack(take(down_name, hidden, wide)))
-        return SparseMLP(
-            pack(take(router, len(names), hidden)),
-            gate_up,
-            down,
-            self.config.num_experts_per_tok,
-            self.site(layer, "gate", 0),
-            normalise,
-        )
-
-    def decoder(
-        self, mlp: Callable[[int], DenseMLP | SparseMLP], attention: Callable[[int], Attention] | None = None
-    ) -> Decoder:
-        """All layers, with the feed-forward of `mlp(layer)`, between embedding and output matrix."""
-        config, weights, hidden = self.config, self.weights, self.geometry.hidden
-        attend = attention or self.attention
-        layers = [
-            DecoderLayer(
-                attention_norm=weights.take(f"model.layers.{layer}.input_layernorm.weight", hidden),
-                attention=attend(layer),
-                mlp_norm=weights.take(f"model.layers.{layer}.post_attention_layernorm.weight", hidden),
-                mlp=mlp(layer),
-            )
-            for layer in range(config.num_hidden_layers)
-        ]
-        tied = config.tie_word_embeddings and "lm_head.weight" not in weights
-        head_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        head = pack(weights.take(head_name, config.vocab_size, hidden))
-        embedding = weights.table("model.embed_tokens.weight", config.vocab_size, hidden)
-        norm = weights.take("model.norm.weight", hidden)
-        return Decoder(embedding, layers, norm, head, config.rms_norm_eps)
+    return rotary_table(inverse, max_positions, scale, interleaved)

@@ -1,27 +1,28 @@
-"""Llama: the dense decoder (Llama 2 and 3, SmolLM2, and Mistral, which differs in nothing but a window)."""
+"""Llama: the dense decoder (Llama 2 and 3, SmolLM2; Mistral and Ministral, which differ in nothing but windows)."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig
 
 from motet.layers.decoder import Decoder
+from motet.models.builder import Builder
 from motet.models.common import (
-    Builder,
     Geometry,
     attention_sites,
     common_spec,
     dense_mlp_sites,
     refuse_options,
+    refuse_unknown_options,
+    rotary,
 )
 from motet.models.weights import Weights
 from motet.types import ModelSpec
 
 
 def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
-    """Shapes and adapter sites of a Llama config."""
-    refuse_options(
-        config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
-    )
+    """Shapes and adapter sites of a Llama or Mistral config."""
+    refuse_options(config, {"hidden_act": "silu"})
+    refuse_unknown_options(config)
     geometry = Geometry.of(config)
     sites = [
         site
@@ -33,5 +34,10 @@ def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
 
 def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
     """The model with its weights packed."""
-    builder = Builder(config, spec, weights, max_positions)
-    return builder.decoder(builder.dense_mlp)
+    builder, table = Builder(config, spec, weights), rotary(config, max_positions)
+    attention_bias = getattr(config, "attention_bias", False)
+    mlp_bias = getattr(config, "mlp_bias", False)
+    return builder.decoder(
+        lambda layer: builder.attention(layer, table, bias=attention_bias),
+        lambda layer: builder.dense_mlp(layer, bias=mlp_bias),
+    )

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from motet.errors import ModelRefused
 from motet.layers.decoder import Decoder
-from motet.models import llama, mixtral, qwen3
+from motet.models import deepseek, gpt_oss, llama, llama4, mixtral, qwen3
+from motet.models.common import fp8_block
 from motet.models.weights import fingerprint, open_weights
 from motet.types import ModelSpec
 
 ARCHITECTURES: dict[str, ModuleType] = {
+    "DeepseekV2ForCausalLM": deepseek,
+    "DeepseekV3ForCausalLM": deepseek,
+    "GptOssForCausalLM": gpt_oss,
+    "Llama4ForCausalLM": llama4,
+    "Llama4ForConditionalGeneration": llama4,
     "LlamaForCausalLM": llama,
+    "MinistralForCausalLM": llama,
     "MistralForCausalLM": llama,
     "MixtralForCausalLM": mixtral,
     "Qwen3ForCausalLM": qwen3,
@@ -55,7 +65,19 @@ def load_spec(directory: Path, name: str | None = None) -> ModelSpec:
     """What can be known without weights. `name` defaults to the directory's."""
     config, architecture = _read(directory)
     spec: ModelSpec = architecture.spec(config, name or directory.name, fingerprint(directory))
-    return spec
+    stops = dict.fromkeys((*spec.eos_token_ids, *_generation_stops(directory)))
+    return msgspec.structs.replace(spec, eos_token_ids=tuple(stops))
+
+
+def _generation_stops(directory: Path) -> tuple[int, ...]:
+    """End tokens of generation_config.json; chat models often list more of them there than in their config."""
+    file = directory / "generation_config.json"
+    try:
+        eos = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        found = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        return msgspec.convert(found, tuple[int, ...])
+    except (ValueError, AttributeError, msgspec.ValidationError) as error:
+        raise ModelRefused(f"{file} cannot be read: {error}") from error
 
 
 def load_model(
@@ -66,7 +88,7 @@ def load_model(
 ) -> LoadedModel:
     """The model of `spec` with every weight of its checkpoint accounted for; `on_progress` gets the fraction read."""
     config, architecture = _read(directory)
-    with open_weights(directory, on_progress) as weights:
+    with open_weights(directory, on_progress, fp8_block(config)) as weights:
         decoder: Decoder = architecture.build(config, spec, weights, max_positions)
     return_freed_memory()
     return LoadedModel(decoder, weights.nbytes)
@@ -82,7 +104,7 @@ def return_freed_memory() -> None:
 def _read(directory: Path) -> tuple[PretrainedConfig, ModuleType]:
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelRefused(f"{directory}/config.json cannot be read: {error}") from error
     names = config.architectures or []
     for name in names:

@@ -13,8 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from motet.errors import ModelRefused
+from motet.kernels.fp8 import dequantise, scale_shape
 
 INDEX = "model.safetensors.index.json"
+FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -52,22 +54,49 @@ def fingerprint(directory: Path) -> str:
 class Weights:
     """Tensors by name; what nobody asked for is an error at the end.
 
-    `nbytes` is the memory of what was taken so far, as it was handed out.
+    `nbytes` is the memory of what was taken so far, as it was handed out. With `fp8_block`, tensors that have scales
+    beside them (`NAME_scale_inv`) are in eight-bit floats and handed out as float32.
     """
 
-    def __init__(self, where: dict[str, Path], on_progress: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        where: dict[str, Path],
+        on_progress: Callable[[float], None],
+        fp8_block: tuple[int, int] | None = None,
+    ) -> None:
         self._files = where
         self._where = dict(where)
         self._on_progress = on_progress
+        self._prefix = ""
+        self._fp8_block = fp8_block
         self.nbytes = 0
 
+    def narrow(self, prefix: str, skipped: tuple[str, ...]) -> None:
+        """From here on names are those below `prefix`; tensors below one of `skipped` are known not to be wanted."""
+        self._prefix = prefix
+        self._where = {name: file for name, file in self._where.items() if not name.startswith(skipped)}
+
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return self._prefix + name in self._files
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor of that name as float32, its shape checked against the config's."""
-        tensor = self._open(name, *shape).float()
-        self._where.pop(name, None)
+        if self._fp8_block is not None and f"{name}_scale_inv" in self:
+            return self._taken(name, self._dequantised(self._prefix + name, self._fp8_block, *shape))
+        return self._taken(name, self._open(self._prefix + name, *shape).float())
+
+    def _dequantised(self, name: str, block: tuple[int, int], *shape: int) -> Tensor:
+        scales = f"{name}_scale_inv"
+        scale = self._open(scales, *scale_shape(shape, block), dtypes=(*FLOATS, torch.float8_e8m0fnu))
+        self._where.pop(scales, None)
+        return dequantise(self._open(name, *shape, dtypes=(torch.float8_e4m3fn,)), scale, block)
+
+    def take_bytes(self, name: str, *shape: int) -> Tensor:
+        """The uint8 tensor of that name, a packed format of its own. It is mapped from its file: copy what stays."""
+        return self._taken(name, self._open(self._prefix + name, *shape, dtypes=(torch.uint8,)))
+
+    def _taken(self, name: str, tensor: Tensor) -> Tensor:
+        self._where.pop(self._prefix + name, None)
         self.nbytes += tensor.nbytes
         self._on_progress(1 - len(self._where) / len(self._files))
         return tensor
@@ -77,12 +106,12 @@ class Weights:
 
         It stays mapped from its file: only rows that are looked up come into memory.
         """
-        tensor = self._open(name, *shape)
-        self._where.pop(name, None)
+        tensor = self._open(self._prefix + name, *shape)
+        self._where.pop(self._prefix + name, None)
         self.nbytes += tensor.nbytes
         return tensor
 
-    def _open(self, name: str, *shape: int) -> Tensor:
+    def _open(self, name: str, *shape: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
         file = self._files.get(name)
         if file is None:
             raise ModelRefused(f"the checkpoint has no tensor {name}")
@@ -90,10 +119,9 @@ class Weights:
             tensor: Tensor = handle.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise ModelRefused(f"tensor {name} is {tuple(tensor.shape)}, the config says {shape}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ModelRefused(
-                f"tensor {name} is {tensor.dtype}; supported are float32, bfloat16 and float16"
-            )
+        if tensor.dtype not in dtypes:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ModelRefused(f"tensor {name} is {tensor.dtype}; supported here: {supported}")
         return tensor
 
     def left(self) -> list[str]:
@@ -103,17 +131,19 @@ class Weights:
 
 @contextmanager
 def open_weights(
-    directory: Path, on_progress: Callable[[float], None] = lambda _fraction: None
+    directory: Path,
+    on_progress: Callable[[float], None] = lambda _fraction: None,
+    fp8_block: tuple[int, int] | None = None,
 ) -> Iterator[Weights]:
     """All tensors of a model directory; leaving the block with tensors not taken raises ModelRefused.
 
-    `on_progress` is told the fraction of tensors taken after each.
+    `on_progress` is told the fraction of tensors taken after each; `fp8_block` is the block size of eight-bit weights.
     """
     where: dict[str, Path] = {}
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as handle:
             where.update(dict.fromkeys(handle.keys(), file))
-    weights = Weights(where, on_progress)
+    weights = Weights(where, on_progress, fp8_block)
     yield weights
     left = [name for name in weights.left() if not name.endswith("rotary_emb.inv_freq")]
     if left:

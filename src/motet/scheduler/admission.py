@@ -46,9 +46,9 @@ def check_capacity(kv_pages: int, adapter_pages: int, num_pages: int) -> None:
 def choose_victims(victims: Iterable[Victim], shortfall: int, headroom: int) -> tuple[Victim, ...] | None:
     """The first victims that together free `shortfall` pages, or None if all of them do not.
 
-    None too if they would not leave `headroom` more pages that are free or could be freed. Headroom is one
-    page for each running sequence that may still grow: to admit without it is to preempt soon after. (Simulated
-    with 500 requests and room for about 30: 20 preemptions instead of 440, 24 % fewer tokens computed.)
+    None too if they would not leave `headroom` more pages that are free or could be freed. Headroom is what
+    running sequences may soon ask for: to admit without it is to preempt soon after. (Simulated with 500 requests
+    and room for about 30: 20 preemptions instead of 440, 24 % fewer tokens computed.)
     """
     chosen = []
     freed = 0

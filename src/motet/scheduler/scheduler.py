@@ -10,7 +10,7 @@ Seniority, the order of arrival, settles every conflict over pages:
 - Then idle adapters that only younger requests wait for; a running sequence may take these, a waiting one
   only if it is starving or nothing else goes on.
 - Then the youngest running sequence is preempted: it loses its pages, keeps its tokens, and computes them
-  again.
+  again. A prompt that can have pages for some of its tokens computes these rather than preempt anyone.
 
 So the oldest request always makes progress, and `add` has made sure that it fits alone.
 """
@@ -20,45 +20,34 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import merge
 
 from motet.adapters.residency import Residency, Victim, cost_to_lose
 from motet.errors import AdapterLoadFailed, InvalidRequest
 from motet.memory.pages import PageAllocator
 from motet.memory.prefix import PrefixIndex, extend_keys
-from motet.scheduler.admission import check_capacity, check_length, choose_victims, pages_for
+from motet.scheduler.admission import check_capacity, check_length, choose_victims
+from motet.scheduler.blocks import BlockTables, KVLayout, Tables
 from motet.scheduler.fairness import WaitingQueue, by_seniority, position
 from motet.scheduler.sequence import SequenceState
-from motet.types import BASE, Chunk, EngineStats, Load, Plan, Request, Sampled, SeqOutput
+from motet.scheduler.step import Step
+from motet.types import BASE, EngineStats, KVGroup, Plan, Request, Sampled, SeqOutput
 
 LOOKAHEAD = 32  # requests that may lack pages before `schedule` stops asking; bounds its time in a long queue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Bounds of a step and of a sequence. A page holds the KV of `page_tokens` tokens."""
+    """Bounds of a step and of a sequence. A page holds the KV of `page_tokens` tokens of one of `kv_groups`."""
 
+    kv_groups: tuple[KVGroup, ...]
     page_tokens: int
     max_step_tokens: int
     max_running: int
     max_model_len: int
     prefix_caching: bool
     eos_token_ids: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Step:
-    """A plan in the making; `headroom` is how many running sequences may still ask for another page."""
-
-    budget: int
-    headroom: int = 0
-    loads: list[Load] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-
-    def add(self, chunk: Chunk) -> None:
-        self.budget -= len(chunk.tokens)
-        self.chunks.append(chunk)
 
 
 class Scheduler:
@@ -71,8 +60,9 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, num_pages: int) -> None:
         self._config = config
+        self._layout = KVLayout(config.kv_groups, config.page_tokens, config.max_step_tokens)
         self._pages = PageAllocator(num_pages)
-        self._prefix = PrefixIndex(self._pages)
+        self._prefix = PrefixIndex(self._pages, config.kv_groups, config.page_tokens)
         self._residency = Residency(self._pages)
         self._waiting = WaitingQueue()
         self._running: list[SequenceState] = []  # the oldest first
@@ -127,7 +117,7 @@ class Scheduler:
             raise InvalidRequest(
                 f"no adapter with the digest {request.adapter!r} is registered", param="model"
             )
-        seq = SequenceState.of(self._next_id, request, self._config.page_tokens)
+        seq = SequenceState.of(self._next_id, request, self._layout)
         check_capacity(seq.max_pages, self._residency.num_pages(request.adapter), self._pages.num_pages)
         self._next_id += 1
         self._by_request[request.id] = seq
@@ -164,11 +154,10 @@ class Scheduler:
         under way are done: in each call the oldest of these computes a token or gives way to an older one.
         """
         self._now = now
-        step = _Step(self._config.max_step_tokens)
-        self._decode(step)
-        self._prefill(step)
+        step = Step(self._config.max_step_tokens)
+        self._serve_running(step)
         self._serve_waiting(step)
-        return Plan(self._residency.take_dropped(), tuple(step.loads), tuple(step.chunks))
+        return step.plan(evictions=self._residency.take_dropped())
 
     def commit(self, plan: Plan, sampled: Sequence[Sampled], now: float) -> list[SeqOutput]:
         """Take the results of an executed plan: one sampled token for each of its chunks with `sample`."""
@@ -180,32 +169,26 @@ class Scheduler:
             seq = self._by_id[chunk.seq]
             seq.computed = chunk.start + len(chunk.tokens)
             self._index_full_blocks(seq)
+            if unread := seq.blocks.drop_unread(seq.computed):
+                self._prefix.release(unread, now)
             if chunk.sample:
                 outputs.append(seq.append(chosen[chunk.seq], self._config.eos_token_ids))
                 if outputs[-1].finish is not None:
                     self._leave(seq)
         return outputs
 
-    def _decode(self, step: _Step) -> None:
-        """One row per running sequence past its prompt, the oldest first: it may preempt the youngest."""
-        for seq in tuple(self._running):
-            if step.budget == 0:
-                return
-            if seq.is_running and seq.remaining == 1 and self._grow(seq):
-                step.add(seq.chunk(1))
+    def _serve_running(self, step: Step) -> None:
+        """A row for each sequence past its prompt, then what rows are left to prompts; the oldest first."""
+        for prefill in (False, True):
+            for seq in tuple(self._running):
+                if step.budget > 0 and seq.is_running and (seq.remaining > 1) == prefill:
+                    self._continue(seq, step)
 
-    def _prefill(self, step: _Step) -> None:
-        for seq in self._running:
-            if step.budget == 0:
-                return
-            if seq.remaining > 1:
-                step.add(seq.chunk(step.budget))
-
-    def _serve_waiting(self, step: _Step) -> None:
+    def _serve_waiting(self, step: Step) -> None:
         """Give each in turn what it needs next, its adapter or its place; pass it over for lack of pages."""
         if not self._waiting:
             return
-        step.headroom = sum(len(seq.pages) < seq.max_pages for seq in self._running)
+        step.headroom = sum(seq.headroom for seq in self._running)
         lacking = 0
         for seq in self._waiting.in_turn(self._residency, admitting=self._has_place(step)):
             if not self._residency.is_ready(seq.adapter):
@@ -220,12 +203,12 @@ class Scheduler:
                 if self._waiting.is_starving(seq) or lacking == LOOKAHEAD:
                     return
 
-    def _has_place(self, step: _Step) -> bool:
+    def _has_place(self, step: Step) -> bool:
         return step.budget > 0 and len(self._running) < self._config.max_running
 
-    def _begin_load(self, seq: SequenceState, step: _Step) -> bool:
+    def _begin_load(self, seq: SequenceState, step: Step) -> bool:
         """Start to load the adapter that `seq` waits for, if there is room for both."""
-        kv_pages = pages_for(len(seq.tokens), self._config.page_tokens)
+        kv_pages = self._layout.most_pages(len(seq.tokens))
         victims = self._find_room(self._residency.num_pages(seq.adapter), seq, step.headroom + kv_pages)
         if victims is None:
             return False
@@ -233,52 +216,65 @@ class Scheduler:
         step.loads.append(self._residency.begin_load(seq.adapter))
         return True
 
-    def _admit(self, seq: SequenceState, step: _Step) -> bool:
-        """Let `seq` run with pages for all its known tokens, if there is room; known prefixes are shared."""
-        hit = self._match(seq)
-        needed = pages_for(len(seq.tokens), self._config.page_tokens) - len(hit)
-        victims = self._find_room(needed, seq, step.headroom, spare=frozenset(hit))
+    def _admit(self, seq: SequenceState, step: Step) -> bool:
+        """Let `seq` run if there is room for all its known tokens; known prefixes are shared."""
+        blocks = BlockTables(self._layout, self._match(seq))
+        hit, known = blocks.pages(), len(seq.tokens)
+        end = min(known, blocks.num_tokens + step.budget)
+        needed, later = blocks.lacking(known, end), blocks.to_come(known, end)
+        victims = self._find_room(needed, seq, step.headroom + later, spare=frozenset(hit))
         if victims is None:
             return False
         self._prefix.share(hit)
         self._evict(victims)
-        self._start(seq, hit, self._pages.alloc(needed, "kv"))
-        step.headroom += len(seq.pages) < seq.max_pages
-        step.add(seq.chunk(step.budget))
+        self._start(seq, blocks)
+        blocks.extend(self._pages.alloc(needed, "kv"), known, end)
+        step.headroom += seq.headroom
+        step.add(seq.chunk(end))
         return True
 
-    def _match(self, seq: SequenceState) -> tuple[int, ...]:
+    def _match(self, seq: SequenceState) -> Tables:
         """Pages that already hold a prefix of `seq`, always leaving it a token to compute."""
         if not self._config.prefix_caching:
-            return ()
+            return self._layout.no_blocks
         extend_keys(seq.keys, seq.adapter, seq.tokens, self._config.page_tokens)
         return self._prefix.match(seq.keys[: (len(seq.tokens) - 1) // self._config.page_tokens])
 
-    def _start(self, seq: SequenceState, hit: tuple[int, ...], fresh: tuple[int, ...]) -> None:
+    def _start(self, seq: SequenceState, prefix: BlockTables) -> None:
         self._waiting.remove(seq)
         insort(self._running, seq, key=by_seniority)
         self._residency.pin(seq.adapter)
-        seq.pages = hit + fresh
-        seq.indexed = len(hit)
-        seq.computed = len(hit) * self._config.page_tokens
+        seq.blocks = prefix
+        seq.computed = prefix.num_tokens
+        seq.indexed = seq.computed // self._config.page_tokens
         if not seq.admitted:
             seq.admitted = True
             seq.cached_tokens = seq.computed
             self._prefix_hits += seq.computed
             self._prefix_queries += len(seq.tokens) if self._config.prefix_caching else 0
 
-    def _grow(self, seq: SequenceState) -> bool:
-        """Make sure of a page for the next token. The youngest give way; False if that was `seq` itself."""
-        if seq.computed < len(seq.pages) * self._config.page_tokens:
-            return True
-        while (victims := self._find_room(1, seq)) is None:
-            youngest = self._running[-1]
-            self._preempt(youngest)
-            if youngest is seq:
-                return False
-        self._evict(victims)
-        seq.pages += self._pages.alloc(1, "kv")
-        return True
+    def _continue(self, seq: SequenceState, step: Step) -> None:
+        """Compute the next tokens of a running sequence, as many as rows and pages are left for.
+
+        If there is no page for even one, the youngest give way until there is, or until that is `seq` itself.
+        """
+        known = len(seq.tokens)
+        end = min(known, seq.computed + step.budget)
+        while lacking := seq.blocks.lacking(known, end):
+            victims = self._find_room(lacking, seq)
+            if victims is not None:
+                self._evict(victims)
+                seq.blocks.extend(self._pages.alloc(lacking, "kv"), known, end)
+                break
+            end = self._affordable_end(seq, end)
+            if end <= seq.computed:
+                youngest = self._running[-1]
+                self._preempt(youngest)
+                step.drop(youngest.id)
+                if youngest is seq:
+                    return
+                end = min(known, seq.computed + step.budget)
+        step.add(seq.chunk(end))
 
     # Room
 
@@ -287,6 +283,14 @@ class Scheduler:
     ) -> tuple[Victim, ...] | None:
         """What to evict so that `seq` can take `needed` pages; None if it cannot. `spare` pages must stay."""
         return choose_victims(self._victims(seq, spare), needed - self._pages.free, headroom)
+
+    def _affordable_end(self, seq: SequenceState, end: int) -> int:
+        """The last block boundary before `end` up to which `seq` can take pages."""
+        known, size = len(seq.tokens), self._config.page_tokens
+        available = self._pages.free + sum(victim.num_pages for victim in self._victims(seq, ()))
+        while end > seq.computed and seq.blocks.lacking(known, end) > available:
+            end = (end - 1) // size * size
+        return end
 
     def _victims(self, taker: SequenceState, spare: Container[int]) -> Iterator[Victim]:
         """What may be evicted for `taker`: what nobody waits for by cost, then what the young wait for."""
@@ -314,9 +318,9 @@ class Scheduler:
     def _stop(self, seq: SequenceState) -> None:
         """Give back what a running sequence holds."""
         del self._running[position(self._running, seq)]
-        self._prefix.release(seq.pages, self._now)
+        self._prefix.release(seq.blocks.pages(), self._now)
         self._residency.unpin(seq.adapter, self._now)
-        seq.pages = ()
+        seq.blocks = BlockTables(self._layout, self._layout.no_blocks)
         seq.computed = 0
 
     def _leave(self, seq: SequenceState) -> None:
@@ -337,8 +341,9 @@ class Scheduler:
         if full == seq.indexed or not self._config.prefix_caching:
             return
         extend_keys(seq.keys, seq.adapter, seq.tokens, page_tokens)
-        for block in range(seq.indexed, full):
-            self._prefix.insert(seq.keys[block], seq.pages[block])
+        for group, table in enumerate(seq.blocks.tables):
+            for block in range(seq.indexed, full):
+                self._prefix.insert(seq.keys[block], group, table[block])
         seq.indexed = full
 
     # What an observer sees
@@ -373,7 +378,7 @@ class Scheduler:
         assert {*self._running, *self._waiting} == set(self._by_request.values()) == set(self._by_id.values())
         assert len(self._running) + len(self._waiting) == len(self._by_request)
         assert len(self._running) <= self._config.max_running
-        references = Counter(page for seq in self._running for page in seq.pages)
+        references = Counter(page for seq in self._running for page in seq.blocks.pages())
         assert len(references) == self._pages.held("kv")
         assert all(self._pages.references(page) == count for page, count in references.items())
         pins = Counter(seq.adapter for seq in self._running)
@@ -381,6 +386,6 @@ class Scheduler:
         self._residency.check_counts(pins, claims)
         for seq in self._running:
             assert seq.computed < len(seq.tokens)
-            assert seq.computed <= len(seq.pages) * self._config.page_tokens
-            assert len(seq.pages) <= seq.max_pages
+            seq.blocks.check_integrity(seq.computed, len(seq.tokens), seq.max_blocks)
+            assert len(seq.blocks.pages()) <= seq.max_pages
         assert not any(seq.is_running or seq.computed for seq in self._waiting)

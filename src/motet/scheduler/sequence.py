@@ -6,6 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 from motet.scheduler.admission import longest_kv, pages_for
+from motet.scheduler.blocks import BlockTables, KVLayout
 from motet.types import Chunk, FinishReason, Request, Sampled, SeqOutput
 
 
@@ -13,19 +14,20 @@ from motet.types import Chunk, FinishReason, Request, Sampled, SeqOutput
 class SequenceState:
     """One request from `add` to its terminal output.
 
-    `tokens` are all known tokens, prompt and generated; `computed` of them have their KV in `pages`, the
-    block table, which is empty while the sequence waits. `keys` are the prefix keys of its full blocks as far
-    as they have been hashed, the first `indexed` of which the prefix index has seen in these pages.
-    `max_pages` is the longest that `pages` can become. `cached_tokens` is what its first admission found in
-    the prefix index, `admitted` says that it has been. `passed` counts the schedule calls of this wait in
-    which it lacked pages.
+    `tokens` are all known tokens, prompt and generated; `computed` of them have their KV in the pages of
+    `blocks`, which has none while the sequence waits. `keys` are the prefix keys of its full blocks as far as
+    they have been hashed, the first `indexed` of which the prefix index has seen in these pages. `max_blocks`
+    is the longest that a block table can become, `max_pages` how many pages it can ever have at a time.
+    `cached_tokens` is what its first admission found in the prefix index, `admitted` says that it has been.
+    `passed` counts the schedule calls of this wait in which it lacked pages.
     """
 
     id: int
     request: Request
     tokens: list[int]
+    blocks: BlockTables
+    max_blocks: int
     max_pages: int
-    pages: tuple[int, ...] = ()
     computed: int = 0
     keys: list[bytes] = field(default_factory=list)
     indexed: int = 0
@@ -34,9 +36,16 @@ class SequenceState:
     passed: int = 0
 
     @classmethod
-    def of(cls, id: int, request: Request, page_tokens: int) -> SequenceState:
+    def of(cls, id: int, request: Request, layout: KVLayout) -> SequenceState:
         longest = longest_kv(len(request.prompt), request.params.max_tokens)
-        return cls(id, request, list(request.prompt), pages_for(longest, page_tokens))
+        return cls(
+            id,
+            request,
+            tokens=list(request.prompt),
+            blocks=BlockTables(layout, layout.no_blocks),
+            max_blocks=pages_for(longest, layout.page_tokens),
+            max_pages=layout.most_pages(longest),
+        )
 
     @property
     def adapter(self) -> str:
@@ -49,7 +58,7 @@ class SequenceState:
 
     @property
     def is_running(self) -> bool:
-        return bool(self.pages)
+        return bool(self.blocks.tables[0])
 
     @property
     def remaining(self) -> int:
@@ -60,14 +69,18 @@ class SequenceState:
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
-    def chunk(self, limit: int) -> Chunk:
-        """The next tokens to compute, at most `limit`."""
-        end = min(len(self.tokens), self.computed + limit)
+    @property
+    def headroom(self) -> int:
+        """Pages that it may soon ask for: those of its prompt, and one per group that may grow past it."""
+        return self.blocks.to_come(len(self.tokens), self.computed) + self.blocks.may_grow(self.max_blocks)
+
+    def chunk(self, end: int) -> Chunk:
+        """The next tokens to compute, those before `end`."""
         return Chunk(
             seq=self.id,
             tokens=tuple(self.tokens[self.computed : end]),
             start=self.computed,
-            pages=self.pages,
+            pages=self.blocks.tables,
             adapter=self.request.adapter,
             sample=end == len(self.tokens),
         )
