@@ -45,8 +45,8 @@ class LoraTable:
 
     first, count: [sites, slots] int32, the run of chunks of a site and slot.
     a, b: [chunks] int64 offsets into the pool, in elements of the chunk's dtype; rank [chunks] int32,
-    dtype [chunks] int32 (BFLOAT16 or FLOAT32), scale [chunks] float32. `pool` is the pool's bytes. `observer`, if given,
-    is told of every update.
+    dtype [chunks] int32 (BFLOAT16 or FLOAT32), scale [chunks] float32. `pool` is the pool's bytes. `observer`, if
+    given, is told of every update.
     """
 
     first: I32
