@@ -242,7 +242,7 @@ def test_base_only_batches_launch_no_lora_kernel(bench: Bench, monkeypatch: pyte
     def forbidden(*_: object) -> None:
         raise AssertionError("a LoRA kernel was launched for the base")
 
-    monkeypatch.setattr("motet.layers.linear.lora_add", forbidden)
+    monkeypatch.setattr("motet.layers.cpu.lora_add", forbidden)
     assert len(bench.solo()) == 8
 
 

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
-from motet.kernels.activation import clamped_swiglu, silu_mul
+from motet.kernels.activation import SILU, Activation
 from motet.kernels.linear import PackedWeight
 from motet.kernels.moe import ExpertLora, Experts, moe, moe_torch
 from motet.kernels.route import RoutingRule, choose_experts
@@ -35,7 +33,7 @@ def test_moe_matches_reference(tokens: int, rule: RoutingRule, with_lora: bool) 
         [PackedWeight(w) for w in down],
         torch.randn(EXPERTS, 2 * WIDE) if rule.normalise else None,
         torch.randn(EXPERTS, HIDDEN) if rule.normalise else None,
-        partial(clamped_swiglu, limit=1.5, alpha=1.7) if rule.normalise else silu_mul,
+        Activation(limit=1.5, alpha=1.7) if rule.normalise else SILU,
     )
     x, logits = torch.randn(tokens, HIDDEN), torch.randn(tokens, EXPERTS)
     logits[:, 0] += 3 * (tokens == 33)  # then nearly every token chooses the first expert

@@ -14,7 +14,7 @@ import torch
 from motet.adapters.table import AdapterTable
 from motet.kernels.attention import AttentionBatch, PrefillChunk
 from motet.kernels.lora import Segment, split_rows
-from motet.layers.batch import Batch, KVBatch, LoraBatch
+from motet.layers.cpu import CpuBatch, KVBatch, LoraBatch
 from motet.memory.pool import Pool
 from motet.types import Chunk, Plan
 
@@ -23,7 +23,7 @@ from motet.types import Chunk, Plan
 class StepInputs:
     """The device batch, and which sequence each row of logits belongs to."""
 
-    batch: Batch
+    batch: CpuBatch
     sampled: tuple[int, ...]
 
 
@@ -33,7 +33,7 @@ def build_inputs(plan: Plan, pool: Pool, table: AdapterTable) -> StepInputs:
     starts = np.cumsum([0, *(len(chunk.tokens) for chunk in chunks)])
     rows = list(zip(starts[:-1].tolist(), chunks, strict=True))
     positions = np.concatenate([np.arange(c.start, c.start + len(c.tokens), dtype=np.int32) for c in chunks])
-    batch = Batch(
+    batch = CpuBatch(
         tokens=torch.tensor([token for chunk in chunks for token in chunk.tokens]),
         positions=torch.from_numpy(positions),
         groups=[_kv(rows, group, pool.page_tokens) for group in range(len(pool.spec.kv_groups))],

@@ -18,7 +18,7 @@ from motet.adapters.table import AdapterTable
 from motet.engine.inputs import build_inputs
 from motet.errors import AdapterRefused
 from motet.kernels.lora import LONG_SEGMENT, LoraTable, Segment, lora_add, split_rows
-from motet.layers.batch import Batch
+from motet.layers.cpu import CpuBatch
 from motet.layers.decoder import Decoder
 from motet.memory.pool import Pool, page_bytes
 from motet.types import BASE, Chunk, ModelSpec, Plan, Site
@@ -110,7 +110,7 @@ def probe_adapter(decoder: Decoder, spec: ModelSpec, image: AdapterImage) -> Ada
     return AdapterEffect(image.digest, tuple(effects), change, bool(torch.equal(mixed[0], alone[0])))
 
 
-def _batch(spec: ModelSpec, table: AdapterTable, adapter: str) -> Batch:
+def _batch(spec: ModelSpec, table: AdapterTable, adapter: str) -> CpuBatch:
     """The prompt twice, as the base's and as the adapter's, with KV pages of its own."""
     generator = torch.Generator().manual_seed(0)
     prompt = tuple(torch.randint(spec.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist())

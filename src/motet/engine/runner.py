@@ -12,7 +12,7 @@ from motet.engine.inputs import build_inputs
 from motet.engine.sampler import SamplingRow, sample
 from motet.kernels.attention import AttentionBatch
 from motet.kernels.lora import BFLOAT16, FLOAT32, LONG_SEGMENT, LoraTable, Segment, split_rows
-from motet.layers.batch import Batch, KVBatch, LoraBatch
+from motet.layers.cpu import CpuBatch, KVBatch, LoraBatch
 from motet.layers.decoder import Decoder
 from motet.memory.pool import Pool
 from motet.types import Chunk, Plan, Sampled
@@ -50,7 +50,7 @@ class Runner:
         self.decoder(_with_adapters(batch, self.pool))
 
 
-def _with_adapters(batch: Batch, pool: Pool) -> Batch:
+def _with_adapters(batch: CpuBatch, pool: Pool) -> CpuBatch:
     """The batch again with two adapters of rank 5 on every site, one of each dtype, that read page 0."""
     sites = len(pool.spec.sites)
     chunk = np.arange(2, dtype=np.int32)
@@ -77,4 +77,4 @@ def _with_adapters(batch: Batch, pool: Pool) -> Batch:
     head = [Segment(0, len(batch.logit_rows), 0)]
     lora = LoraBatch(table, segments, split_rows(segments), split_rows(head), slots)
     groups = [KVBatch(group.slots, attention) for group in batch.groups]
-    return Batch(batch.tokens, batch.positions, groups, batch.kv, batch.logit_rows, lora)
+    return CpuBatch(batch.tokens, batch.positions, groups, batch.kv, batch.logit_rows, lora)

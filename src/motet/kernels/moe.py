@@ -12,7 +12,7 @@ use that order, so cost follows the pairs that exist and not how many adapters a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from motet.kernels.activation import silu_mul
+from motet.kernels.activation import SILU, Activation, activate
 from motet.kernels.linear import Weight, linear
 from motet.kernels.lora import LoraRows, LoraTable, Segment, lora_add, lora_add_torch, split_rows
 from motet.kernels.route import RoutingRule, choose_experts
@@ -28,13 +28,13 @@ from motet.kernels.route import RoutingRule, choose_experts
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a layer: weights per expert, biases [E, 2·I] and [E, H], the activation [P, 2·I] → [P, I]."""
+    """The experts of a layer: weights per expert, biases [E, 2·I] and [E, H], the activation."""
 
     gate_up: Sequence[Weight]
     down: Sequence[Weight]
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    activation: Callable[[Tensor], Tensor] = silu_mul
+    activation: Activation = SILU
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def moe_torch(
             if lora is not None:
                 half = h.shape[1] // 2
                 lora_add_torch(h, row, lora.table, lora.site, (half, half), one)
-            a = experts.activation(h)
+            a = activate(h, experts.activation)
             o = a @ down[expert].T
             if experts.down_bias is not None:
                 o += experts.down_bias[expert]
@@ -105,7 +105,7 @@ def moe(
     if lora is not None and routing.lora is not None:
         half = h.shape[1] // 2
         lora_add(h, rows, lora.table, lora.site, (half, half), routing.lora)
-    a = experts.activation(h)
+    a = activate(h, experts.activation)
     o = _grouped(a, experts.down, experts.down_bias, routing)
     if lora is not None and routing.lora is not None:
         lora_add(o, a, lora.table, lora.site + 2, (o.shape[1],), routing.lora)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from motet.kernels.activation import SILU
 from motet.kernels.attention import Heads
-from motet.kernels.linear import PackedWeight
-from motet.kernels.moe import Experts
-from motet.layers.attention import Attention, HeadNorms, KVPlace
+from motet.layers.attention import Attention
+from motet.layers.batch import AttentionForm, ExpertSet, HeadNorms, KVPlace, LinearMap
 from motet.layers.decoder import Decoder, DecoderLayer
 from motet.layers.latent import LatentAttention
-from motet.layers.linear import AdaptedLinear
 from motet.layers.mlp import DenseMLP, SparseMLP
 from motet.layers.rotary import Rotary
 from motet.models.common import Geometry
 from motet.models.weights import Weights
 from motet.types import KVGroup, ModelSpec
-
-
-def pack(*weights: Tensor) -> PackedWeight:
-    """Weights that read the same input, stacked along their outputs and packed."""
-    return PackedWeight(weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
 class Builder:
@@ -34,6 +28,8 @@ class Builder:
         self.config = config
         self.spec = spec
         self.weights = weights
+        self.device = weights.device
+        self._rotaries: dict[int, tuple[Rotary, Rotary]] = {}
         self.geometry = Geometry.of(config)
         self._index = {(site.layer, site.module, site.expert): i for i, site in enumerate(spec.sites)}
         self._places = {
@@ -57,14 +53,25 @@ class Builder:
     def linear(
         self, layer: int, modules: Sequence[str], names: Sequence[str], inputs: int, widths: Sequence[int],
         bias: bool = False,
-    ) -> AdaptedLinear:  # fmt: skip
+    ) -> LinearMap:  # fmt: skip
         """Projections of one input side by side: weights (and biases) `names[i].weight` [widths[i], inputs]."""
         take = self.weights.take
-        weight = pack(*(take(f"{n}.weight", w, inputs) for n, w in zip(names, widths, strict=True)))
-        biases = [take(f"{n}.bias", w) for n, w in zip(names, widths, strict=True)] if bias else None
-        return AdaptedLinear(
-            weight, self.site(layer, modules[0]), widths, torch.cat(biases) if biases is not None else None
+        weights = [take(f"{n}.weight", w, inputs) for n, w in zip(names, widths, strict=True)]
+        biases = [take(f"{n}.bias", w) for n, w in zip(names, widths, strict=True)] if bias else []
+        return LinearMap(
+            self.device.matrix(weights[0] if len(weights) == 1 else torch.cat(weights)),
+            self.site(layer, modules[0]),
+            tuple(widths),
+            torch.cat(biases) if biases else None,
         )
+
+    def rotary(self, table: Rotary) -> Rotary:
+        """A rotation table on the device, once however many layers share it."""
+        if id(table) not in self._rotaries:
+            vector = self.device.vector
+            moved = Rotary(vector(table.cos), vector(table.sin), table.interleaved)
+            self._rotaries[id(table)] = table, moved  # the table itself is kept, or its id might return
+        return self._rotaries[id(table)][1]
 
     def attention(
         self,
@@ -80,22 +87,24 @@ class Builder:
         g, path = self.geometry, f"model.layers.{layer}.self_attn"
         q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
         names = [f"{path}.{name}_proj" for name in "qkv"]
-        return Attention(
-            self.linear(layer, "qkv", names, g.hidden, (q, kv, kv), bias),
-            self.linear(layer, "o", [f"{path}.o_proj"], q, (g.hidden,), bias),
-            rotary,
+        form = AttentionForm(
+            self.rotary(rotary),
             self.place(layer),
             Heads(g.heads, g.head_dim**-0.5, self.reach(layer), sinks),
             norms,
             temperature,
         )
+        return Attention(
+            self.linear(layer, "qkv", names, g.hidden, (q, kv, kv), bias),
+            self.linear(layer, "o", [f"{path}.o_proj"], q, (g.hidden,), bias),
+            form,
+        )
 
     def head_norms(self, layer: int) -> HeadNorms:
         """RMSNorm of every q and k head."""
-        take, path, dim = self.weights.take, f"model.layers.{layer}.self_attn", self.geometry.head_dim
-        return HeadNorms(
-            take(f"{path}.q_norm.weight", dim), take(f"{path}.k_norm.weight", dim), self.config.rms_norm_eps
-        )
+        vector, path, dim = self.weights.vector, f"model.layers.{layer}.self_attn", self.geometry.head_dim
+        q, k = (vector(f"{path}.{name}_norm.weight", dim) for name in "qk")
+        return HeadNorms(q, k, self.config.rms_norm_eps)
 
     def dense_mlp(
         self, layer: int, path: str = "", wide: int = 0, prefix: str = "", bias: bool = False
@@ -110,20 +119,23 @@ class Builder:
             self.linear(layer, (down,), [f"{path}.down_proj"], wide, (hidden,), bias),
         )
 
-    def router(self, layer: int, name: str, num_experts: int, bias: bool = False) -> AdaptedLinear:
+    def router(self, layer: int, name: str, num_experts: int, bias: bool = False) -> LinearMap:
         """The map to expert scores, `name.weight`."""
         return self.linear(layer, ("router",), [name], self.geometry.hidden, (num_experts,), bias)
 
-    def experts(self, names: Sequence[Sequence[str]], wide: int) -> Experts:
+    def experts(self, names: Sequence[Sequence[str]], wide: int) -> ExpertSet:
         """Experts stored one by one; `names` are each one's gate, up and down weights, `wide` their inner size."""
         hidden, take = self.geometry.hidden, self.weights.take
-        gate_up, down = [], []
-        for gate_name, up_name, down_name in names:
-            gate_up.append(pack(take(gate_name, wide, hidden), take(up_name, wide, hidden)))
-            down.append(pack(take(down_name, hidden, wide)))
-        return Experts(gate_up, down)
 
-    def fused_experts(self, path: str, count: int, wide: int, transposed: bool = False) -> Experts:
+        def gate_up() -> Iterator[Tensor]:
+            for gate, up, _ in names:
+                yield torch.cat([take(gate, wide, hidden), take(up, wide, hidden)])
+
+        return self.device.experts(
+            gate_up(), (take(down, hidden, wide) for _, _, down in names), SILU
+        )
+
+    def fused_experts(self, path: str, count: int, wide: int, transposed: bool = False) -> ExpertSet:
         """Experts stored as `path.gate_up_proj` [E, 2I, H], gate over up, and `path.down_proj` [E, H, I].
 
         With `transposed` they are [E, H, 2I] and [E, I, H].
@@ -135,7 +147,7 @@ class Builder:
         )
         if transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        return Experts([pack(one) for one in gate_up], [pack(one) for one in down])
+        return self.device.experts(gate_up, down, SILU)
 
     def decoder(
         self,
@@ -146,22 +158,22 @@ class Builder:
         config, weights, hidden = self.config, self.weights, self.geometry.hidden
         layers = [
             DecoderLayer(
-                attention_norm=weights.take(f"model.layers.{layer}.input_layernorm.weight", hidden),
+                attention_norm=weights.vector(f"model.layers.{layer}.input_layernorm.weight", hidden),
                 attention=attention(layer),
-                mlp_norm=weights.take(f"model.layers.{layer}.post_attention_layernorm.weight", hidden),
+                mlp_norm=weights.vector(f"model.layers.{layer}.post_attention_layernorm.weight", hidden),
                 mlp=mlp(layer),
             )
             for layer in range(config.num_hidden_layers)
         ]
         tied = config.tie_word_embeddings and "lm_head.weight" not in weights
         head_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        head = pack(weights.take(head_name, config.vocab_size, hidden))
+        head = self.device.matrix(weights.take(head_name, config.vocab_size, hidden))
         embedding = weights.table("model.embed_tokens.weight", config.vocab_size, hidden)
         return Decoder(
             embedding,
             self.site(-1, "embed"),
             layers,
-            weights.take("model.norm.weight", hidden),
-            AdaptedLinear(head, self.site(config.num_hidden_layers, "head"), (config.vocab_size,)),
+            weights.vector("model.norm.weight", hidden),
+            LinearMap(head, self.site(config.num_hidden_layers, "head"), (config.vocab_size,)),
             config.rms_norm_eps,
         )

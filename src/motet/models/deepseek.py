@@ -138,7 +138,7 @@ def _mlp(builder: Builder, layer: int) -> DenseMLP | SparseMLP:
 def _rule(config: PretrainedConfig, weights: Weights, path: str) -> RoutingRule:
     chosen, scale = config.num_experts_per_tok, config.routed_scaling_factor
     if config.model_type == "deepseek_v3":
-        bias = weights.take(f"{path}.e_score_correction_bias", config.n_routed_experts)
+        bias = weights.vector(f"{path}.e_score_correction_bias", config.n_routed_experts)
         return RoutingRule(
             chosen, config.norm_topk_prob, "sigmoid", config.n_group, config.topk_group, "top2", bias, scale
         )

@@ -8,23 +8,21 @@ They are kept as they are stored (MXFP4 in `kernels.mxfp4`), the outputs sorted 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from motet.errors import ModelRefused
-from motet.kernels.activation import clamped_swiglu
-from motet.kernels.linear import Weight
-from motet.kernels.moe import Experts
-from motet.kernels.mxfp4 import BLOCK, Mxfp4Weight
+from motet.kernels.activation import Activation
+from motet.kernels.mxfp4 import BLOCK
 from motet.kernels.route import RoutingRule
 from motet.layers.attention import Attention
+from motet.layers.batch import ExpertSet, FourBit
 from motet.layers.decoder import Decoder
 from motet.layers.mlp import SparseMLP
-from motet.models.builder import Builder, pack
+from motet.models.builder import Builder
 from motet.models.common import (
     Geometry,
     attention_sites,
@@ -91,7 +89,7 @@ def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_posit
     rule = RoutingRule(config.num_experts_per_tok, normalise=True)
 
     def attention(layer: int) -> Attention:
-        sinks = weights.take(f"model.layers.{layer}.self_attn.sinks", config.num_attention_heads)
+        sinks = weights.vector(f"model.layers.{layer}.self_attn.sinks", config.num_attention_heads)
         return builder.attention(layer, table, bias=config.attention_bias, sinks=sinks)
 
     def mlp(layer: int) -> SparseMLP:
@@ -102,35 +100,34 @@ def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_posit
     return builder.decoder(attention, mlp)
 
 
-def _experts(config: PretrainedConfig, weights: Weights, path: str) -> Experts:
+def _experts(config: PretrainedConfig, weights: Weights, path: str) -> ExpertSet:
     count, hidden, wide = config.num_local_experts, config.hidden_size, config.intermediate_size
     gate_up, down = f"{path}.experts.gate_up_proj", f"{path}.experts.down_proj"
     halves = torch.cat([torch.arange(0, 2 * wide, 2), torch.arange(1, 2 * wide, 2)])
-    return Experts(
+    # older versions of transformers have the defaults as constants and not as options
+    activation = Activation(getattr(config, "swiglu_limit", 7.0), getattr(config, "swiglu_alpha", 1.702))
+    return weights.device.experts(
         _matrices(weights, gate_up, count, halves, hidden),
         _matrices(weights, down, count, torch.arange(hidden), wide),
-        weights.take(f"{gate_up}_bias", count, 2 * wide)[:, halves],
+        activation,
+        weights.take(f"{gate_up}_bias", count, 2 * wide)[:, halves].contiguous(),
         weights.take(f"{down}_bias", count, hidden),
-        # older versions of transformers have the defaults as constants and not as options
-        partial(
-            clamped_swiglu,
-            limit=getattr(config, "swiglu_limit", 7.0),
-            alpha=getattr(config, "swiglu_alpha", 1.702),
-        ),
     )
 
 
-def _matrices(weights: Weights, name: str, count: int, order: Tensor, inputs: int) -> Sequence[Weight]:
+def _matrices(
+    weights: Weights, name: str, count: int, order: Tensor, inputs: int
+) -> Iterable[Tensor] | FourBit:
     """Every expert's matrix [outputs, inputs], its outputs in this order."""
     outputs = len(order)
     if f"{name}_scales" not in weights:
         # transformers 5.23 saves experts that it has dequantised under the name of their blocks
         plain = name if name in weights else f"{name}_blocks"
-        return [pack(matrix.T[order]) for matrix in weights.take(plain, count, inputs, outputs)]
+        return (matrix.T[order] for matrix in weights.take(plain, count, inputs, outputs))
     if inputs % BLOCK:
         raise ModelRefused(f"{name} has {inputs} inputs; MXFP4 needs a multiple of {BLOCK}")
     codes = weights.take_bytes(f"{name}_blocks", count, outputs, inputs // BLOCK, BLOCK // 2).flatten(2)
     scales = weights.take_bytes(f"{name}_scales", count, outputs, inputs // BLOCK)
     if bool((scales == 255).any()):
         raise ModelRefused(f"{name}_scales holds 255, which is not a number")
-    return [Mxfp4Weight(c[order], s[order]) for c, s in zip(codes, scales, strict=True)]
+    return FourBit(codes[:, order], scales[:, order])

@@ -8,7 +8,8 @@ import msgspec
 from transformers import PretrainedConfig
 
 from motet.kernels.latent_attention import LatentHeads
-from motet.layers.latent import KeyValueUp, LatentAttention, QueryUp
+from motet.layers.batch import LatentForm
+from motet.layers.latent import LatentAttention, QueryUp
 from motet.layers.rotary import Rotary
 from motet.models.builder import Builder
 from motet.types import ModelSpec, Site
@@ -48,33 +49,38 @@ def latent_attention(builder: Builder, layer: int, rotary: Rotary) -> LatentAtte
         config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank,
         config.v_head_dim, _scale(config),
     )  # fmt: skip
-    path, take = f"model.layers.{layer}.self_attn", builder.weights.take
+    path, vector = f"model.layers.{layer}.self_attn", builder.weights.vector
     hidden, cached = config.hidden_size, heads.rank + heads.rope
     queries, q_rank = heads.num * (heads.nope + heads.rope), config.q_lora_rank
     query_up = None
     if q_rank:
         query_up = QueryUp(
-            take(f"{path}.q_a_layernorm.weight", q_rank),
+            vector(f"{path}.q_a_layernorm.weight", q_rank),
+            LATENT_EPS,
             builder.linear(layer, ("q_b",), [f"{path}.q_b_proj"], q_rank, (queries,)),
         )
     first = "q_a" if q_rank else "q"
     names = [f"{path}.{first}_proj", f"{path}.kv_a_proj_with_mqa"]
     bias, widths = config.attention_bias, (q_rank or queries, cached)
-    kv_up = KeyValueUp(
-        take(f"{path}.kv_a_layernorm.weight", heads.rank),
-        take(f"{path}.kv_b_proj.weight", heads.num * (heads.nope + heads.value), heads.rank),
+    kv_b = builder.weights.take(
+        f"{path}.kv_b_proj.weight", heads.num * (heads.nope + heads.value), heads.rank
+    )
+    keys, values = kv_b.view(heads.num, -1, heads.rank).split([heads.nope, heads.value], dim=1)
+    form = LatentForm(
+        vector(f"{path}.kv_a_layernorm.weight", heads.rank),
+        LATENT_EPS,
+        keys.contiguous(),
+        values.transpose(1, 2).contiguous(),
         builder.site(layer, "kv_b"),
+        builder.rotary(rotary),
+        builder.place(layer),
         heads,
     )
     return LatentAttention(
         builder.linear(layer, (first, "kv_a"), names, hidden, widths, bias),
         query_up,
-        kv_up,
         builder.linear(layer, ("o",), [f"{path}.o_proj"], heads.num * heads.value, (hidden,), bias),
-        rotary,
-        builder.place(layer),
-        heads,
-        LATENT_EPS,
+        form,
     )
 
 

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from motet.errors import ModelRefused
 from motet.kernels.route import RoutingRule
-from motet.layers.attention import Attention, HeadNorms
+from motet.layers.attention import Attention
+from motet.layers.batch import HeadNorms
 from motet.layers.decoder import Decoder
 from motet.layers.mlp import DenseMLP, SparseMLP
 from motet.layers.rotary import Rotary
@@ -91,9 +92,11 @@ def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_posit
     config = _text(config)
     builder, rotating = Builder(config, spec, weights), rotary(config, max_positions, interleaved=True)
     still = Rotary(torch.ones_like(rotating.cos), torch.zeros_like(rotating.sin))
-    one = torch.ones(builder.geometry.head_dim)
+    one = builder.device.vector(torch.ones(builder.geometry.head_dim))
     norms = HeadNorms(one, one, config.rms_norm_eps) if config.use_qk_norm else None
-    temperature = _temperature(config, max_positions) if config.attn_temperature_tuning else None
+    temperature = None
+    if config.attn_temperature_tuning:
+        temperature = builder.device.vector(_temperature(config, max_positions))
     rule = RoutingRule(config.num_experts_per_tok, scoring="sigmoid", on_input=True)
 
     def attention(layer: int) -> Attention:

@@ -15,6 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from motet.errors import ModelRefused
+from motet.layers.batch import Device
+from motet.layers.cpu import CpuDevice
 from motet.layers.decoder import Decoder
 from motet.models import deepseek, gpt_oss, llama, llama4, mixtral, qwen3
 from motet.models.common import fp8_block
@@ -85,10 +87,14 @@ def load_model(
     spec: ModelSpec,
     max_positions: int,
     on_progress: Callable[[float], None] = lambda _fraction: None,
+    device: Device | None = None,
 ) -> LoadedModel:
-    """The model of `spec` with every weight of its checkpoint accounted for; `on_progress` gets the fraction read."""
+    """The model of `spec`, on the CPU if no `device` is given, every weight of its checkpoint accounted for.
+
+    `on_progress` gets the fraction read.
+    """
     config, architecture = _read(directory)
-    with open_weights(directory, on_progress, fp8_block(config)) as weights:
+    with open_weights(directory, device or CpuDevice(), on_progress, fp8_block(config)) as weights:
         decoder: Decoder = architecture.build(config, spec, weights, max_positions)
     return_freed_memory()
     return LoadedModel(decoder, weights.nbytes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from motet.errors import ModelRefused
 from motet.kernels.fp8 import dequantise, scale_shape
+from motet.layers.batch import Device
 
 INDEX = "model.safetensors.index.json"
 FLOATS = torch.float32, torch.bfloat16, torch.float16
@@ -55,15 +56,17 @@ class Weights:
     """Tensors by name; what nobody asked for is an error at the end.
 
     `nbytes` is the memory of what was taken so far, as it was handed out. With `fp8_block`, tensors that have scales
-    beside them (`NAME_scale_inv`) are in eight-bit floats and handed out as float32.
+    beside them (`NAME_scale_inv`) are in eight-bit floats and handed out dequantised.
     """
 
     def __init__(
         self,
         where: dict[str, Path],
+        device: Device,
         on_progress: Callable[[float], None],
         fp8_block: tuple[int, int] | None = None,
     ) -> None:
+        self.device = device
         self._files = where
         self._where = dict(where)
         self._on_progress = on_progress
@@ -80,10 +83,16 @@ class Weights:
         return self._prefix + name in self._files
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name as float32, its shape checked against the config's."""
+        """The tensor of that name on the device, in the dtype of its products, its shape checked."""
         if self._fp8_block is not None and f"{name}_scale_inv" in self:
-            return self._taken(name, self._dequantised(self._prefix + name, self._fp8_block, *shape))
-        return self._taken(name, self._open(self._prefix + name, *shape).float())
+            tensor = self._dequantised(self._prefix + name, self._fp8_block, *shape)
+        else:
+            tensor = self._open(self._prefix + name, *shape)
+        return self._taken(name, self.device.tensor(tensor))
+
+    def vector(self, name: str, *shape: int) -> Tensor:
+        """The same as float32: norms, sinks, biases of routers."""
+        return self.device.vector(self.take(name, *shape))
 
     def _dequantised(self, name: str, block: tuple[int, int], *shape: int) -> Tensor:
         scales = f"{name}_scale_inv"
@@ -102,11 +111,8 @@ class Weights:
         return tensor
 
     def table(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name for looking rows up, in the checkpoint's dtype; it may be taken as well.
-
-        It stays mapped from its file: only rows that are looked up come into memory.
-        """
-        tensor = self._open(self._prefix + name, *shape)
+        """The tensor of that name for looking rows up; it may be taken as well."""
+        tensor = self.device.table(self._open(self._prefix + name, *shape))
         self._where.pop(self._prefix + name, None)
         self.nbytes += tensor.nbytes
         return tensor
@@ -132,6 +138,7 @@ class Weights:
 @contextmanager
 def open_weights(
     directory: Path,
+    device: Device,
     on_progress: Callable[[float], None] = lambda _fraction: None,
     fp8_block: tuple[int, int] | None = None,
 ) -> Iterator[Weights]:
@@ -143,7 +150,7 @@ def open_weights(
     for file in weight_files(directory):
         with safe_open(file, framework="pt") as handle:
             where.update(dict.fromkeys(handle.keys(), file))
-    weights = Weights(where, on_progress, fp8_block)
+    weights = Weights(where, device, on_progress, fp8_block)
     yield weights
     left = [name for name in weights.left() if not name.endswith("rotary_emb.inv_freq")]
     if left:
