@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -13,16 +14,19 @@ from motet.errors import ConfigError
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one engine runs with.
 
-    `pool_bytes` is the one allocation for KV cache and adapters. `max_step_tokens` bounds the tokens of a step
-    (decode rows first, then prefill chunks), `max_running` the sequences in flight. `max_model_len` None means the
-    model's own. `threads` None means torch's default. `verify_adapters` runs a
-    prompt through each adapter before it is accepted.
+    `device` "auto" is a GPU where there is one. `pool_bytes` is the one allocation for KV cache and adapters; None
+    means 1 GiB on a CPU, and on a GPU what `memory_fraction` of its memory leaves. `max_step_tokens` bounds the tokens
+    of a step (decode rows first, then prefill chunks; None: 512 on a CPU, 2,048 on a GPU), `max_running` the sequences
+    in flight. `max_model_len` None means the model's own. `threads` None means torch's default. `verify_adapters` runs
+    a prompt through each adapter before it is accepted.
     """
 
     model: str
-    pool_bytes: int = 1 << 30
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory_fraction: float = 0.9
+    pool_bytes: int | None = None
     page_tokens: int = 16
-    max_step_tokens: int = 512
+    max_step_tokens: int | None = None
     max_running: int = 64
     max_model_len: int | None = None
     prefix_caching: bool = True
@@ -31,11 +35,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pool_bytes", "page_tokens", "max_step_tokens", "max_running"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_model_len is not None and self.max_model_len <= 0:
-            raise ConfigError(f"max_model_len must be positive, got {self.max_model_len}")
+        for name in ("pool_bytes", "page_tokens", "max_step_tokens", "max_running", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction must be above 0 and at most 1, got {self.memory_fraction}")
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

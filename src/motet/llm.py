@@ -20,6 +20,7 @@ import msgspec
 
 from motet.config import EngineConfig, cache_dir
 from motet.engine.client import EngineThread
+from motet.engine.device import has_gpu, resolve
 from motet.engine.frontend import Frontend
 from motet.errors import MotetError
 from motet.models.registry import locate
@@ -46,7 +47,7 @@ class LLM:
     """
 
     def __init__(self, model: str, adapters: dict[str, str] | None = None, **config: Any) -> None:
-        self._config = EngineConfig(model=str(locate(model)), **config)
+        self._config = resolve(EngineConfig(model=str(locate(model)), **config), has_gpu())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="motet-llm", daemon=True)
         self._thread.start()
@@ -63,7 +64,9 @@ class LLM:
         self._client = EngineThread(self._config)
         ready = await self._client.started()
         directory = Path(self._config.model)
-        bind = partial(prepare, spec=ready.spec, page_bytes=ready.page_bytes, images=cache_dir() / "images")
+        rounded = self._config.device == "cuda"
+        images = cache_dir() / "images"
+        bind = partial(prepare, spec=ready.spec, page_bytes=ready.page_bytes, images=images, rounded=rounded)
         self._frontend = Frontend(self._client, directory)
         self._catalog = Catalog(ready.spec, ready.spec.name, str(directory), bind, self._client)
 

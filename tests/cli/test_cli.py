@@ -170,7 +170,7 @@ def test_help_lists_the_commands() -> None:
             "serve",
             "--adapter --config --host --port --served-model-name --pool --max-model-len --max-running "
             "--max-step-tokens --threads --verify-adapters --demo-adapters --json-logs [engine] [adapters] "
-            "127.0.0.1 8000] 1GiB]",
+            "--device --memory-fraction 127.0.0.1 8000] 1GiB",
         ),
         ("demo", "--max-tokens"),
         ("complete", "--model --adapter --max-tokens --temperature --seed --raw embedded]"),

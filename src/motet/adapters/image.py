@@ -22,7 +22,7 @@ import struct
 import tempfile
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,11 @@ class ChunkTable:
 
     def __len__(self) -> int:
         return len(self.site)
+
+    @staticmethod
+    def empty() -> ChunkTable:
+        """No chunk."""
+        return _table(np.zeros(0, _ROW))
 
 
 _ROW = np.dtype(
@@ -144,13 +149,14 @@ class _Filler:
         return page, offset
 
 
-def pack(checkpoint: Checkpoint, page_bytes: int) -> AdapterImage:
-    """Pack an adapter into pages of `page_bytes` bytes, a multiple of 64.
+def pack(checkpoint: Checkpoint, page_bytes: int, rounded: bool = False) -> AdapterImage:
+    """Pack an adapter into pages of `page_bytes` bytes, a multiple of 64; with `rounded`, float32 becomes bfloat16.
 
     AdapterRefused if a single row of a factor is larger than a page.
     """
     assert page_bytes > 0
     assert page_bytes % ALIGNMENT == 0
+    factors = _rounded(checkpoint.factors) if rounded else checkpoint.factors
     filler = _Filler(page_bytes)
     rows: list[tuple[float, ...]] = []
     copies: list[tuple[int, int, Tensor]] = []  # page, offset, run
@@ -164,7 +170,7 @@ def pack(checkpoint: Checkpoint, page_bytes: int) -> AdapterImage:
             copies.append((*placed[key], run))
         return placed[key]
 
-    for site, one in checkpoint.factors.items():
+    for site, one in factors.items():
         wide = max(one.a.shape[1], one.b.shape[0])
         for start, end in _split(one.rank, wide * one.a.element_size(), page_bytes):
             a_place, b_place = put(one.a, "A", start, end), put(one.b, "B", start, end)
@@ -177,6 +183,16 @@ def pack(checkpoint: Checkpoint, page_bytes: int) -> AdapterImage:
         pages[page, offset : offset + len(data)] = data
     pages.flags.writeable = False
     return AdapterImage(checkpoint.digest, page_bytes, _table(np.array(rows, _ROW)), pages)
+
+
+def _rounded(factors: dict[int, LoraFactors]) -> dict[int, LoraFactors]:
+    """All factors as bfloat16; what sites shared they still share."""
+    halves: dict[int, Tensor] = {}
+
+    def half(factor: Tensor) -> Tensor:
+        return halves.setdefault(id(factor), factor.to(torch.bfloat16))
+
+    return {site: replace(one, a=half(one.a), b=half(one.b)) for site, one in factors.items()}
 
 
 def _split(rank: int, row_bytes: int, page_bytes: int) -> list[tuple[int, int]]:

@@ -83,7 +83,5 @@ class Pager:
             raise ValueError(f"{path} holds {image.digest}")
         if image.num_pages != len(load.pages) or image.page_bytes != self._pool.page_bytes:
             raise ValueError(f"{path} was packed for another page size or has changed")
-        data = self._pool.data.numpy()
-        for source, target in zip(image.pages, load.pages, strict=True):
-            data[target] = source
+        self._pool.fill(load.pages, image.pages)
         return image.chunks

@@ -51,7 +51,16 @@ def serve(
     ] = None,
     pool: Annotated[
         str | None,
-        typer.Option(help="Memory for KV cache and adapters together, such as 2GiB. [default: 1GiB]"),
+        typer.Option(
+            help="Memory for KV cache and adapters together, such as 2GiB. [default: 1GiB on a CPU; on a GPU what "
+            "--memory-fraction leaves]"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. [default: cuda where there is a GPU]")
+    ] = None,
+    memory_fraction: Annotated[
+        float | None, typer.Option(help="Share of the GPU's memory that may be used. [default: 0.9]")
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of prompt and answer together. [default: the model's]")
@@ -59,7 +68,9 @@ def serve(
     max_running: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 64]")] = None,
     max_step_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens computed in one step; longer prompts are cut in chunks. [default: 512]"),
+        typer.Option(
+            help="Tokens computed in one step; longer prompts are cut in chunks. [default: 512; 2048 on a GPU]"
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all cores]")] = None,
     verify_adapters: Annotated[
@@ -89,6 +100,8 @@ def serve(
         {
             "model": model,
             "pool_bytes": parse_size(pool) if pool else None,
+            "device": device,
+            "memory_fraction": memory_fraction,
             "max_model_len": max_model_len,
             "max_running": max_running,
             "max_step_tokens": max_step_tokens,

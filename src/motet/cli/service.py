@@ -15,10 +15,11 @@ from motet.cli.progress import progress_bar
 from motet.cli.settings import EMBEDDED, Settings
 from motet.config import cache_dir
 from motet.engine.client import EngineProcess
+from motet.engine.device import has_gpu, resolve
 from motet.engine.frontend import Frontend
 from motet.engine.loop import resolve_max_model_len
 from motet.errors import ConfigError
-from motet.memory.pool import page_bytes
+from motet.memory.pool import KV_DTYPE, page_bytes
 from motet.models.embedded import ensure_embedded
 from motet.models.registry import load_spec, locate
 from motet.observe import log
@@ -51,12 +52,16 @@ async def run_server(
     """
     log.setup(log_level, as_json=json_logs)
     directory = model_directory(settings.engine.model, console)
-    engine = msgspec.structs.replace(settings.engine, model=str(directory))
+    engine = resolve(msgspec.structs.replace(settings.engine, model=str(directory)), has_gpu())
     name = settings.server.served_model_name or directory.name
     spec = load_spec(directory, name)
     spec = msgspec.structs.replace(spec, max_model_len=resolve_max_model_len(engine, spec))
     bind = partial(
-        prepare, spec=spec, page_bytes=page_bytes(spec, engine.page_tokens), images=cache_dir() / "images"
+        prepare,
+        spec=spec,
+        page_bytes=page_bytes(spec, engine.page_tokens, KV_DTYPE[engine.device]),
+        images=cache_dir() / "images",
+        rounded=engine.device == "cuda",
     )
     with ExitStack() as bar:
         client = EngineProcess(engine, bar.enter_context(progress_bar(console, "engine")))

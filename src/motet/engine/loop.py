@@ -12,11 +12,10 @@ import torch
 from motet.adapters.image import open_image
 from motet.adapters.pager import Pager
 from motet.config import EngineConfig
+from motet.engine.device import has_gpu, make_pool, make_runner, resolve, weights_device
 from motet.engine.probe import probe_adapter
-from motet.engine.runner import Runner
 from motet.engine.sampler import SamplingRow
 from motet.errors import ConfigError, MotetError
-from motet.memory.pool import Pool
 from motet.models.registry import load_model, load_spec, locate, return_freed_memory
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
 from motet.types import EngineStats, ModelSpec, Plan, Request, Sampled, SeqOutput
@@ -40,23 +39,30 @@ class Engine:
         progress = on_progress or (lambda _stage, _fraction: None)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        config = resolve(config, has_gpu())
         directory = locate(config.model)
         self.spec = load_spec(directory)
         self.max_model_len = max_len = resolve_max_model_len(config, self.spec)
         model = load_model(
-            directory, self.spec, max_len, lambda fraction: progress("reading weights", 0.8 * fraction)
+            directory,
+            self.spec,
+            max_len,
+            lambda fraction: progress("reading weights", 0.8 * fraction),
+            weights_device(config),
         )
         progress("reserving memory", 0.8)
-        pool = Pool(self.spec, config.pool_bytes, config.page_tokens)
-        self.runner = Runner(model.decoder, pool)
+        pool = make_pool(config, self.spec)
+        self.runner = make_runner(config, model.decoder, pool, max_len)
         progress("warming up kernels", 0.9)
         self.runner.warm_up()
         return_freed_memory()
         self.pager = Pager(pool, on_loaded)
+        step_tokens = config.max_step_tokens
+        assert step_tokens is not None
         self.scheduler = Scheduler(
             SchedulerConfig(
                 page_tokens=config.page_tokens,
-                max_step_tokens=config.max_step_tokens,
+                max_step_tokens=step_tokens,
                 max_running=config.max_running,
                 max_model_len=max_len,
                 prefix_caching=config.prefix_caching,

@@ -139,6 +139,9 @@ class Device(Protocol):
     def tensor(self, tensor: Tensor) -> Tensor:
         """A weight as it is taken from a file, in the dtype of products."""
 
+    def bytes(self, tensor: Tensor) -> Tensor:
+        """Codes of a packed format, mapped from their file."""
+
     def vector(self, tensor: Tensor) -> Tensor:
         """Small weights and tables, float32."""
 

@@ -134,6 +134,10 @@ class CpuDevice:
     def tensor(self, tensor: Tensor) -> Tensor:
         return tensor.float()
 
+    def bytes(self, tensor: Tensor) -> Tensor:
+        """They stay mapped until they are copied into their order."""
+        return tensor
+
     def vector(self, tensor: Tensor) -> Tensor:
         return tensor.float()
 

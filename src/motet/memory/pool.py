@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from motet.errors import ConfigError
@@ -16,16 +18,22 @@ from motet.types import ModelSpec, Site
 
 PAGE_ALIGNMENT = 64
 MIN_RANK_ROWS = 16
+STAGED_PAGES = 64
+"""Pages on their way to a GPU at a time."""
 
 
-def page_bytes(spec: ModelSpec, page_tokens: int) -> int:
+KV_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+"""What keys and values are kept in, by device."""
+
+
+def page_bytes(spec: ModelSpec, page_tokens: int, kv_dtype: torch.dtype = torch.float32) -> int:
     """Bytes of a page: the KV of `page_tokens` tokens in one KV group, or more if an adapter's row needs it.
 
     A page also holds at least MIN_RANK_ROWS rows of the widest factor inside the layers, so that tiny models can page
     adapters too, and one row of a factor as wide as the vocabulary.
     """
     layers = len(spec.kv_groups[0].layers)
-    kv = layers * spec.kv_planes * spec.num_kv_heads * spec.head_dim * page_tokens * 4
+    kv = layers * spec.kv_planes * spec.num_kv_heads * spec.head_dim * page_tokens * kv_dtype.itemsize
     inside = [site for site in spec.sites if site.module not in ("embed", "head")]
     rows = max(_widest(inside) * MIN_RANK_ROWS, _widest(spec.sites))
     size = max(kv, rows * 4)
@@ -39,10 +47,18 @@ def _widest(sites: Sequence[Site]) -> int:
 class Pool:
     """`num_pages` pages of `page_bytes` bytes each. `data` is [num_pages, page_bytes] uint8."""
 
-    def __init__(self, spec: ModelSpec, pool_bytes: int, page_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        pool_bytes: int,
+        page_tokens: int,
+        kv_dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
         self.spec = spec
+        self.kv_dtype = kv_dtype
         self.page_tokens = page_tokens
-        self.page_bytes = page_bytes(spec, page_tokens)
+        self.page_bytes = page_bytes(spec, page_tokens, kv_dtype)
         self.num_pages = pool_bytes // self.page_bytes
         if self.num_pages < 2:
             raise ConfigError(
@@ -50,7 +66,26 @@ class Pool:
                 f"give at least {2 * self.page_bytes}"
             )
         # Written once, so that memory which is not there fails now and not in the middle of a request.
-        self.data = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8).fill_(0)
+        self.data = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8, device=device).fill_(0)
+
+    def fill(self, pages: Sequence[int], content: NDArray[np.uint8]) -> None:
+        """Write `content` [n, page_bytes] into these pages. On a GPU: beside its steps, complete when this returns."""
+        if self.data.device.type == "cpu":
+            target = self.data.numpy()
+            for page, source in zip(pages, content, strict=True):
+                target[page] = source
+            return
+        stream = torch.cuda.Stream()
+        staged = torch.empty(
+            min(len(pages), STAGED_PAGES), self.page_bytes, dtype=torch.uint8, pin_memory=True
+        )
+        with torch.cuda.stream(stream):
+            for begin in range(0, len(pages), STAGED_PAGES):
+                some = content[begin : begin + STAGED_PAGES]
+                staged.numpy()[: len(some)] = some
+                where = torch.tensor(pages[begin : begin + len(some)], device=self.data.device)
+                self.data.index_copy_(0, where, staged[: len(some)].to(self.data.device, non_blocking=True))
+                stream.synchronize()  # before the next pages take their place
 
     @property
     def flat(self) -> Tensor:
@@ -60,11 +95,11 @@ class Pool:
     @property
     def kv(self) -> KVLayout:
         """The pool seen as KV pages of one group's layers."""
-        spec = self.spec
+        spec, kind = self.spec, self.kv_dtype
         return KVLayout(
-            flat=self.flat.view(torch.float32),
+            flat=self.flat.view(kind),
             num_pages=self.num_pages,
-            page_stride=self.page_bytes // 4,
+            page_stride=self.page_bytes // kind.itemsize,
             num_layers=len(spec.kv_groups[0].layers),
             num_kv_heads=spec.num_kv_heads,
             page_tokens=self.page_tokens,

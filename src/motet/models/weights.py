@@ -101,8 +101,8 @@ class Weights:
         return dequantise(self._open(name, *shape, dtypes=(torch.float8_e4m3fn,)), scale, block)
 
     def take_bytes(self, name: str, *shape: int) -> Tensor:
-        """The uint8 tensor of that name, a packed format of its own. It is mapped from its file: copy what stays."""
-        return self._taken(name, self._open(self._prefix + name, *shape, dtypes=(torch.uint8,)))
+        """The uint8 tensor of that name, a packed format of its own; on the CPU it is mapped from its file."""
+        return self._taken(name, self.device.bytes(self._open(self._prefix + name, *shape, dtypes=(torch.uint8,))))
 
     def _taken(self, name: str, tensor: Tensor) -> Tensor:
         self._where.pop(self._prefix + name, None)

@@ -10,14 +10,17 @@ from motet.errors import MotetError
 from motet.types import ModelSpec, PreparedAdapter
 
 
-def prepare(source: Path, spec: ModelSpec, page_bytes: int, images: Path) -> PreparedAdapter:
+def prepare(
+    source: Path, spec: ModelSpec, page_bytes: int, images: Path, rounded: bool = False
+) -> PreparedAdapter:
     """Check, digest and pack `source`; the image is written to `images` unless a sound one is there.
 
+    `rounded` packs float32 factors as bfloat16, as GPUs take them.
     Raises AdapterRefused for files that do not bind to the base.
     """
     checkpoint = load_checkpoint(source, spec)
-    image = pack(checkpoint, page_bytes)
-    path = images / f"{checkpoint.digest}-{page_bytes}.image"
+    image = pack(checkpoint, page_bytes, rounded)
+    path = images / f"{checkpoint.digest}-{page_bytes}{'-bf16' if rounded else ''}.image"
     if not _is_sound(path):
         images.mkdir(parents=True, exist_ok=True)
         write_image(image, path)

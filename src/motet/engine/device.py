@@ -1,0 +1,76 @@
+"""What an engine runs on: "auto" resolved, weights' destination, the pool's size, the runner."""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+
+from motet.config import EngineConfig
+from motet.engine.gpu_runner import GpuRunner
+from motet.engine.runner import Runner
+from motet.errors import ConfigError
+from motet.kernels.gpu.jit import HAVE_TRITON
+from motet.layers.batch import Device
+from motet.layers.cpu import CpuDevice
+from motet.layers.decoder import Decoder
+from motet.layers.gpu import GpuDevice
+from motet.memory.pool import KV_DTYPE, Pool, page_bytes
+from motet.types import ModelSpec
+
+CPU_POOL = 1 << 30
+STEP_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens of a step. On a GPU a chunk of 2,048 keeps neighbours waiting for some 60 ms and still fills the device."""
+WORKSPACE = 3 << 30
+"""GPU memory kept for activations, graphs and compiled code."""
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU that kernels can be compiled for."""
+    return HAVE_TRITON and torch.cuda.is_available()
+
+
+def resolve(config: EngineConfig, gpu: bool) -> EngineConfig:
+    """The config with nothing left to choose, but for a GPU's pool, whose size is known once the weights are there."""
+    device = config.device if config.device != "auto" else "cuda" if gpu else "cpu"
+    if device == "cuda" and not gpu:
+        raise ConfigError(
+            'device = "cuda" needs a CUDA GPU, and torch and Triton that can use it; none was found'
+        )
+    if device == "cuda" and config.verify_adapters:
+        raise ConfigError("verify_adapters runs on a CPU only so far; use `motet adapters verify`")
+    return msgspec.structs.replace(
+        config,
+        device=device,
+        pool_bytes=config.pool_bytes or (CPU_POOL if device == "cpu" else None),
+        max_step_tokens=config.max_step_tokens or STEP_TOKENS[device],
+    )
+
+
+def weights_device(config: EngineConfig) -> Device:
+    """Where a resolved config wants the weights."""
+    return CpuDevice() if config.device == "cpu" else GpuDevice(torch.device("cuda"))
+
+
+def make_pool(config: EngineConfig, spec: ModelSpec) -> Pool:
+    """The pool of a resolved config; the weights are loaded already."""
+    size = config.pool_bytes if config.pool_bytes is not None else _left_on_gpu(config, spec)
+    return Pool(spec, size, config.page_tokens, KV_DTYPE[config.device], config.device)
+
+
+def _left_on_gpu(config: EngineConfig, spec: ModelSpec) -> int:
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    left = int(config.memory_fraction * total) - (total - free) - WORKSPACE
+    if left < 16 * page_bytes(spec, config.page_tokens, KV_DTYPE[config.device]):
+        raise ConfigError(
+            f"the weights leave {max(left, 0) >> 20} MiB of {total >> 20} MiB for KV cache and adapters; raise "
+            f"memory_fraction (now {config.memory_fraction}) or take a smaller model"
+        )
+    return left
+
+
+def make_runner(config: EngineConfig, decoder: Decoder, pool: Pool, max_model_len: int) -> Runner | GpuRunner:
+    """What executes plans on the config's device."""
+    if config.device == "cpu":
+        return Runner(decoder, pool)
+    return GpuRunner(decoder, pool, max_model_len, config.max_running)

@@ -1,0 +1,55 @@
+"""How GPU kernels are compiled: Triton where it is installed, a clear error where it is not.
+
+Modules of this package import everywhere; only a launch needs Triton and a device. Under TRITON_INTERPRET=1 kernels
+run on the CPU, one program after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    HAVE_TRITON = True
+except ImportError:  # a machine without a GPU needs none; kernel bodies only name `tl`, they never run there
+    triton = None
+    tl = None
+    HAVE_TRITON = False
+
+
+def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function with Triton at its first launch; `options` go to `triton.jit`."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if HAVE_TRITON:
+            return triton.jit(function, **options)
+        return _Missing(function.__name__)
+
+    return decorate
+
+
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """What a launch passes so that its kernel may start before the kernel in front of it has ended.
+
+    Such a kernel takes a constexpr PDL, waits (`gdc_wait`) in every program before its first read of what that kernel
+    wrote and before any write, and lets its successor start early (`gdc_launch_dependents`). The interpreter has
+    neither, and runs in order anyway.
+    """
+    pdl = pdl and not triton.knobs.runtime.interpret
+    return {"PDL": pdl, "launch_pdl": pdl}
+
+
+class _Missing:
+    """Stands for a kernel that cannot be compiled here."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        raise RuntimeError(f"{self._name} needs Triton, which is not installed")
+
+
+__all__ = ["HAVE_TRITON", "kernel", "launch_options", "tl", "triton"]

@@ -1,0 +1,354 @@
+"""From router logits to sorted work: experts of each token, pairs by (expert, adapter), tiles and segments.
+
+Semantics (experts and weights: `motet.kernels.route`): token t and its j-th expert are pair t·k + j. Pairs are sorted
+by (expert, adapter slot, pair); those of padding tokens (t >= tokens[0]) come last and belong to nothing. In that order
+    tiles    are up to `rows` consecutive pairs of one expert, the work of the expert products;
+    segments are the runs of one adapter in a tile, the work of the updates; base pairs (slot -1) are in none.
+    logits: [T, E] float32; slots: [T] int32 or None; tokens: [1] int32 or None (all T are real).
+All results have a fixed capacity, `Sorted.empty` says which; nothing is read back to the host.
+
+Up to MAX_PAIRS pairs take one launch of one program, which also sorts. More take three: experts by blocks of tokens,
+torch's stable sort, and one program that walks the sorted pairs. Of equal scores the lower expert wins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from motet.kernels.gpu.jit import kernel, launch_options, tl, triton
+from motet.kernels.route import RoutingRule, choose_experts
+
+MAX_PAIRS = 512
+"""Pairs that one program sorts, tokens and experts per token each counted to the next power of two."""
+PAIR_BITS = 9
+SCORES_PER_THREAD = 4
+"""Fewer are more barriers, more are more code, which a kernel this short waits for."""
+CHUNK = 1024
+TOKENS_PER_PROGRAM = 16
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """A batch's pairs in sorted order; all int32 but `weight`, float32. P = T · k pairs.
+
+    order [P]: the pair at each place; inverse [T, k]: the place of each pair, -1 for padding; weight [T, k];
+    counts [2]: tiles and segments in use; tiles [NT, 5]: expert, first place, rows (0: not in use), first segment, end
+    of segments; segments [NS, 4]: expert, slot, first place, rows.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    weight: Tensor
+    counts: Tensor
+    tiles: Tensor
+    segments: Tensor
+    rows: int
+
+    @classmethod
+    def empty(
+        cls, tokens: int, top_k: int, num_experts: int, rows: int, adapters: int, device: torch.device | str
+    ) -> Self:
+        """Room for `tokens` tokens in tiles of `rows` pairs with at most `adapters` adapters among them."""
+        pairs = tokens * top_k
+        tiles = min(pairs, num_experts + pairs // rows)
+        segments = min(pairs, tiles + num_experts * max(adapters - 1, 0)) if adapters else 0
+
+        def ints(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            ints(pairs), ints(tokens, top_k), torch.empty(tokens, top_k, device=device), ints(2),
+            ints(tiles, 5), ints(segments, 4), rows,
+        )  # fmt: skip
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return int(self.inverse.shape[1])
+
+
+def route_torch(
+    logits: Tensor, rule: RoutingRule, slots: Tensor | None, out: Sorted, tokens: Tensor | None = None
+) -> None:
+    """Reference on the host."""
+    real = len(logits) if tokens is None else int(tokens)
+    weight, expert = choose_experts(logits, rule)
+    out.weight.copy_(weight).masked_fill_(torch.arange(len(logits), device=logits.device)[:, None] >= real, 0)
+    of_token = [-1] * len(logits) if slots is None else slots.tolist()
+    k = rule.top_k
+    keys = [(int(e), of_token[t], t * k + j) for t in range(real) for j, e in enumerate(expert[t].tolist())]
+    keys.sort()
+    out.inverse.fill_(-1)
+    tiles: list[list[int]] = []
+    segments: list[list[int]] = []
+    for place, (e, slot, pair) in enumerate(keys):
+        out.order[place] = pair
+        out.inverse.view(-1)[pair] = place
+        new = not tiles or tiles[-1][0] != e or tiles[-1][2] == out.rows
+        if new:
+            tiles.append([e, place, 0, len(segments), len(segments)])
+        tiles[-1][2] += 1
+        if slot >= 0:
+            if new or tiles[-1][3] == len(segments) or segments[-1][1] != slot:
+                segments.append([e, slot, place, 0])
+            segments[-1][3] += 1
+            tiles[-1][4] = len(segments)
+    out.tiles.zero_()
+    out.tiles[: len(tiles)] = torch.tensor(tiles, dtype=torch.int32).view(-1, 5)
+    out.segments[: len(segments)] = torch.tensor(segments, dtype=torch.int32).view(-1, 4)
+    out.counts.copy_(torch.tensor([len(tiles), len(segments)]))
+
+
+def route(
+    logits: Tensor,
+    rule: RoutingRule,
+    slots: Tensor | None,
+    out: Sorted,
+    tokens: Tensor | None = None,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Fill `out`; see the module's semantics. A slot is below 2^(22 - bits of E) - 1."""
+    rows, num_experts = logits.shape
+    assert out.inverse.shape == (rows, rule.top_k)
+    assert logits.dtype == torch.float32
+    assert logits.stride(1) == 1
+    if not rows:
+        out.counts.zero_()
+        return
+    slot_bits = 31 - PAIR_BITS - (num_experts - 1).bit_length()
+    how = {
+        "BIAS": rule.bias is not None, "SLOTS": slots is not None, "PADDED": tokens is not None,
+        "SIGMOID": rule.scoring == "sigmoid", "NORMALISE": rule.normalise, "SCALE": rule.scale,
+        "GROUPS": rule.groups, "TOP_GROUPS": rule.top_groups, "TOP2": rule.group_score == "top2",
+        "E": num_experts, "EP": triton.next_power_of_2(max(num_experts, 2)),
+        "K": rule.top_k, "KP": triton.next_power_of_2(rule.top_k), "SLOT_BITS": slot_bits,
+        "GP": triton.next_power_of_2(rule.groups),
+    }  # fmt: skip
+    given = tuple(out.weight if one is None else one for one in (rule.bias, slots, tokens))
+    pairs = triton.next_power_of_2(rows) * how["KP"]
+    if pairs <= MAX_PAIRS:
+        scores = triton.next_power_of_2(rows) * how["EP"]
+        warps = min(max(scores // (32 * SCORES_PER_THREAD), 1), 16)
+        _route_kernel[(1,)](
+            logits, *given, out.weight, out.order, out.inverse, out.counts, out.tiles, out.segments,
+            rows, logits.stride(0), len(out.tiles), TP=triton.next_power_of_2(rows), ROWS=out.rows,
+            PAIR_BITS=PAIR_BITS, num_warps=warps, **how, **launch_options(pdl),
+        )  # fmt: skip
+    else:
+        _route_many(logits, given, out, how)
+
+
+def _route_many(logits: Tensor, given: tuple[Tensor, ...], out: Sorted, how: dict[str, Any]) -> None:
+    rows = len(logits)
+    keys = torch.empty(rows * how["K"], dtype=torch.int32, device=logits.device)
+    _choose_kernel[(triton.cdiv(rows, TOKENS_PER_PROGRAM),)](
+        logits, *given, out.weight, keys, rows, logits.stride(0), TP=TOKENS_PER_PROGRAM, num_warps=4, **how
+    )
+    ordered, order = keys.sort(stable=True)
+    _layout_kernel[(1,)](
+        ordered, order, out.order, out.inverse, out.counts, out.tiles, out.segments, len(keys), len(out.tiles),
+        SLOT_BITS=how["SLOT_BITS"], ROWS=out.rows, CHUNK=CHUNK, num_warps=8,
+    )  # fmt: skip
+
+
+@kernel()
+def _choose(  # type: ignore[no-untyped-def]
+    logits, bias, slots, tokens, t, rows, stride,
+    BIAS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
+    SCALE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SLOT_BITS: tl.constexpr, GP: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    """Weights [TP, KP] and keys expert << SLOT_BITS | slot + 1 [TP, KP] of tokens t [TP]; padding has the last key."""
+    real = t < rows
+    if PADDED:
+        real = real & (t < tl.load(tokens))
+    column = tl.arange(0, EP)[None, :]
+    inside = real[:, None] & (column < E)
+    g = tl.load(logits + t[:, None].to(tl.int64) * stride + column, inside, other=-float("inf"))
+    if SIGMOID:
+        score = tl.where(inside, 1.0 / (1.0 + tl.exp(-g)), 0.0)
+    else:
+        score = tl.where(inside, tl.exp(g - tl.where(real, tl.max(g, 1), 0.0)[:, None]), 0.0)
+        score = score / tl.where(real, tl.sum(score, 1), 1.0)[:, None]
+    choice = g
+    if BIAS:
+        choice = score + tl.load(bias + column, column < E, other=0.0)
+    elif GROUPS > 1:
+        choice = score
+    choice = tl.where(choice == choice, choice, -3e38)  # a row of NaN still gets k different experts
+    choice = tl.where(column < E, choice, -float("inf"))
+    if GROUPS > 1:
+        choice = _only_best_groups(choice, column, GROUPS, TOP_GROUPS, TOP2, E // GROUPS, GP, TP)
+
+    place = tl.arange(0, KP)[None, :]
+    weight = tl.zeros((TP, KP), tl.float32)
+    expert = tl.zeros((TP, KP), tl.int32)
+    for j in range(K):
+        best = tl.argmax(choice, 1)[:, None]
+        chosen = column == best
+        weight = tl.where(place == j, tl.sum(tl.where(chosen, score, 0.0), 1)[:, None], weight)
+        expert = tl.where(place == j, best, expert)
+        choice = tl.where(chosen, -float("inf"), choice)
+    if NORMALISE:
+        weight = weight / (tl.sum(weight, 1) + 1e-20)[:, None]
+    weight = tl.where(real[:, None], weight * SCALE, 0.0)
+    key = expert << SLOT_BITS
+    if SLOTS:
+        key += (tl.load(slots + t, real, other=-1) + 1)[:, None]
+    key = tl.where(real[:, None] & (place < K), key, 0x7FFFFFFF)
+    return weight, key
+
+
+@kernel()
+def _only_best_groups(  # type: ignore[no-untyped-def]
+    choice, column, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, SIZE: tl.constexpr,
+    GP: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    group = tl.arange(0, GP)[None, :]
+    best = tl.full((TP, GP), -float("inf"), tl.float32)
+    for i in tl.static_range(GROUPS):
+        mine = tl.where(column // SIZE == i, choice, -float("inf"))
+        top = tl.max(mine, 1)
+        if TOP2:
+            top += tl.max(tl.where(column == tl.argmax(mine, 1)[:, None], -float("inf"), mine), 1)
+        best = tl.where(group == i, top[:, None], best)
+    kept = column < 0
+    for _ in range(TOP_GROUPS):
+        first = tl.argmax(best, 1)[:, None]
+        kept = kept | (column // SIZE == first)
+        best = tl.where(group == first, -float("inf"), best)
+    return tl.where(kept, choice, -float("inf"))
+
+
+@kernel()
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b)
+
+
+@kernel()
+def _write_lists(  # type: ignore[no-untyped-def]
+    place, key, before, after, valid, num_tiles, num_segments, expert_start, segment_start, tiles, segments,
+    SLOT_BITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tiles and segments that begin or end in places [N] of the sorted keys; `before` and `after` are the neighbours'.
+
+    What was counted and where the current expert and segment began is carried from one run of places to the next.
+    """
+    expert, slot = key >> SLOT_BITS, (key & ((1 << SLOT_BITS) - 1)) - 1
+    new_expert = valid & ((place == 0) | (before >> SLOT_BITS != expert))
+    start = tl.associative_scan(tl.where(new_expert, place, 0), 0, _larger)
+    start = tl.maximum(start, expert_start)
+    row = (place - start) % ROWS
+    first, last = valid & (row == 0), valid & ((row == ROWS - 1) | (after >> SLOT_BITS != expert))
+    adapted = valid & (slot >= 0)
+    opens = adapted & (first | (before != key))
+    closes = adapted & (last | (after != key))
+    tile = num_tiles + tl.cumsum(first.to(tl.int32), 0) - 1
+    segment = num_segments + tl.cumsum(opens.to(tl.int32), 0) - 1
+    begin = tl.associative_scan(tl.where(opens, place, 0), 0, _larger)
+    begin = tl.maximum(begin, segment_start)
+
+    tl.store(tiles + tile * 5, expert, first)
+    tl.store(tiles + tile * 5 + 1, place, first)
+    tl.store(tiles + tile * 5 + 2, row + 1, last)
+    tl.store(tiles + tile * 5 + 3, segment + 1 - opens.to(tl.int32), first)
+    tl.store(tiles + tile * 5 + 4, segment + 1, last)
+    tl.store(segments + segment * 4, expert, opens)
+    tl.store(segments + segment * 4 + 1, slot, opens)
+    tl.store(segments + segment * 4 + 2, place, opens)
+    tl.store(segments + segment * 4 + 3, place - begin + 1, closes)
+    return tl.max(tile, 0) + 1, tl.max(segment, 0) + 1, tl.max(start, 0), tl.max(begin, 0)
+
+
+@kernel()
+def _route_kernel(  # type: ignore[no-untyped-def]
+    logits, bias, slots, tokens, weight, order, inverse, counts, tiles, segments, rows, stride, capacity,
+    BIAS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
+    SCALE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SLOT_BITS: tl.constexpr, GP: tl.constexpr, TP: tl.constexpr,
+    PAIR_BITS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    P: tl.constexpr = TP * KP
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    t = tl.arange(0, TP)
+    w, key = _choose(
+        logits, bias, slots, tokens, t, rows, stride, BIAS, SLOTS, PADDED, SIGMOID, NORMALISE, SCALE, GROUPS,
+        TOP_GROUPS, TOP2, E, EP, K, KP, SLOT_BITS, GP, TP,
+    )  # fmt: skip
+    j = tl.arange(0, KP)[None, :]
+    real = (t < rows)[:, None] & (j < K)
+    pair = t[:, None] * K + j
+    tl.store(weight + pair, w, real)
+    tl.store(inverse + pair, -1, real & (key == 0x7FFFFFFF))
+
+    place = tl.arange(0, P)
+    index = t[:, None] * KP + j
+    ordered = tl.sort(tl.reshape(tl.where(key == 0x7FFFFFFF, key, (key << PAIR_BITS) | index), (P,)))
+    valid = ordered != 0x7FFFFFFF
+    index = ordered & ((1 << PAIR_BITS) - 1)
+    pair = index // KP * K + index % KP
+    tl.store(order + place, pair, valid)
+    tl.store(inverse + pair, place, valid)
+    key = tl.where(valid, ordered >> PAIR_BITS, 0x7FFFFFFF)
+    before = tl.gather(key, tl.maximum(place - 1, 0), 0)
+    after = tl.where(place == P - 1, 0x7FFFFFFF, tl.gather(key, tl.minimum(place + 1, P - 1), 0))
+    num_tiles, num_segments, _, _ = _write_lists(
+        place, key, before, after, valid, 0, 0, 0, 0, tiles, segments, SLOT_BITS, ROWS
+    )
+    tl.store(counts, num_tiles)
+    tl.store(counts + 1, num_segments)
+    tl.store(tiles + place * 5 + 2, 0, (place >= num_tiles) & (place < capacity))
+
+
+@kernel(do_not_specialize=["rows", "stride"])
+def _choose_kernel(  # type: ignore[no-untyped-def]
+    logits, bias, slots, tokens, weight, keys, rows, stride,
+    BIAS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
+    SCALE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SLOT_BITS: tl.constexpr, GP: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * TP + tl.arange(0, TP)
+    w, key = _choose(
+        logits, bias, slots, tokens, t, rows, stride, BIAS, SLOTS, PADDED, SIGMOID, NORMALISE, SCALE, GROUPS,
+        TOP_GROUPS, TOP2, E, EP, K, KP, SLOT_BITS, GP, TP,
+    )  # fmt: skip
+    j = tl.arange(0, KP)[None, :]
+    real = (t < rows)[:, None] & (j < K)
+    pair = t[:, None] * K + j
+    tl.store(weight + pair, w, real)
+    tl.store(keys + pair, key, real)
+
+
+@kernel(do_not_specialize=["pairs", "capacity"])
+def _layout_kernel(  # type: ignore[no-untyped-def]
+    ordered, sources, order, inverse, counts, tiles, segments, pairs, capacity,
+    SLOT_BITS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program: at 32,768 pairs 32 steps, beside milliseconds of expert products."""
+    num_tiles, num_segments, expert_start, segment_start = 0, 0, 0, 0
+    for chunk in range(0, pairs, CHUNK):
+        place = chunk + tl.arange(0, CHUNK)
+        inside = place < pairs
+        key = tl.load(ordered + place, inside, other=0x7FFFFFFF)
+        before = tl.load(ordered + place - 1, inside & (place > 0), other=0)
+        after = tl.load(ordered + place + 1, place + 1 < pairs, other=0x7FFFFFFF)
+        pair = tl.load(sources + place, inside, other=0).to(tl.int32)
+        valid = inside & (key != 0x7FFFFFFF)
+        tl.store(order + place, pair, valid)
+        tl.store(inverse + pair, tl.where(valid, place, -1), inside)
+        num_tiles, num_segments, expert_start, segment_start = _write_lists(
+            place, key, before, after, valid, num_tiles, num_segments, expert_start, segment_start, tiles, segments,
+            SLOT_BITS, ROWS,
+        )  # fmt: skip
+    for chunk in range(0, capacity, CHUNK):
+        place = chunk + tl.arange(0, CHUNK)
+        tl.store(tiles + place * 5 + 2, 0, (place >= num_tiles) & (place < capacity))
+    tl.store(counts, num_tiles)
+    tl.store(counts + 1, num_segments)

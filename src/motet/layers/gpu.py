@@ -1,0 +1,246 @@
+"""Steps and weights on a GPU: bfloat16 products, a float32 residual stream, every operation as `kernels.gpu` has it.
+
+All shapes follow from the number of rows, and what varies from step to step is data in tensors, so a step can be
+captured in a graph once and replayed for every batch of its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from motet.errors import ModelRefused
+from motet.kernels.activation import Activation
+from motet.kernels.gpu import lora, moe_lora
+from motet.kernels.gpu.attention import (
+    DecodeBatch,
+    DecodeWorkspace,
+    PrefillBatch,
+    decode_attention,
+    prefill_attention,
+)
+from motet.kernels.gpu.combine import Normed, combine
+from motet.kernels.gpu.embed import lora_embed
+from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
+from motet.kernels.gpu.lora import LoraConfig, LoraTiles, RankBlocks
+from motet.kernels.gpu.moe import ExpertWeights, product, product_config, tile_rows
+from motet.kernels.gpu.moe_lora import ExpertUpdate
+from motet.kernels.gpu.mxfp4 import Mxfp4
+from motet.kernels.gpu.norm import add_rms_norm
+from motet.kernels.gpu.route import Sorted, route
+from motet.kernels.kv_write import KVLayout
+from motet.kernels.route import RoutingRule
+from motet.layers.batch import AttentionForm, FourBit, LatentForm, LinearMap
+
+
+@dataclass(frozen=True)
+class GpuExperts:
+    """The weights of a layer's experts."""
+
+    gate_up: ExpertWeights
+    down: ExpertWeights
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What experts gave each (token, expert) pair, [P, H] in sorted order, still to be weighed and added up."""
+
+    out: Tensor
+    dtype: torch.dtype
+    work: Sorted
+    shared: Tensor | None
+    weighed: bool
+
+
+@dataclass(frozen=True)
+class GpuLora:
+    """The adapters of a step: the pointer table, each row's slot [T] int32 (-1 base), and tiles of rows of one slot.
+
+    `adapters` bounds how many different ones there are; `rank_blocks` those of any of them at one site. `idle` sites
+    have no adapter, so nothing is launched for them.
+    """
+
+    table: RankBlocks
+    slots: Tensor
+    tiles: LoraTiles
+    head_tiles: LoraTiles
+    config: LoraConfig
+    expert_config: moe_lora.ShrinkConfig
+    adapters: int
+    rank_blocks: int
+    idle: frozenset[int]
+
+
+@dataclass(frozen=True)
+class GpuKV:
+    """A step in one KV group: slots [T] int32 where each row's KV goes, and who attends to what."""
+
+    slots: Tensor
+    decode: DecodeBatch | None
+    prefill: PrefillBatch | None
+
+
+@dataclass(frozen=True)
+class GpuBatch:
+    """tokens, positions [T] int32, a GpuKV for each KV group, logit_rows [S] int64, `rows` [1] int32 how many of the T
+    rows are real. `lora` None: no row carries an adapter, no LoRA kernel is launched."""
+
+    tokens: Tensor
+    positions: Tensor
+    groups: Sequence[GpuKV]
+    kv: KVLayout
+    logit_rows: Tensor
+    rows: Tensor
+    lora: GpuLora | None
+    workspace: DecodeWorkspace
+    pdl: bool = False
+
+    def embed(self, table: Tensor, site: int) -> Tensor:
+        x = torch.nn.functional.embedding(self.tokens, table)
+        if self.lora is not None and site not in self.lora.idle:
+            lora_embed(x, self.tokens, len(table), self.lora.table, site, self.lora.slots)
+        return x
+
+    def norm(
+        self, x: Tensor | Pairs, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(x, Pairs):
+            assert residual is not None
+            y = torch.empty_like(residual, dtype=x.dtype)
+            normed = Normed(weight, eps, y)
+            combine(x.out, x.work, residual, shared=x.shared, weighed=x.weighed, norm=normed, pdl=self.pdl)
+            return y, residual
+        return add_rms_norm(x, residual, weight, eps, pdl=self.pdl)
+
+    def norm_columns(self, x: Tensor, weight: Tensor, eps: float) -> None:
+        columns = x[:, : len(weight)]
+        columns.copy_(torch.nn.functional.rms_norm(columns.float(), weight.shape, weight, eps))
+
+    def linear(self, x: Tensor, linear: LinearMap) -> Tensor:
+        return self._linear(x, linear, None if self.lora is None else self.lora.tiles)
+
+    def logits(self, x: Tensor, head: LinearMap) -> Tensor:
+        return self._linear(x[self.logit_rows], head, None if self.lora is None else self.lora.head_tiles)
+
+    def _linear(self, x: Tensor, how: LinearMap, tiles: LoraTiles | None) -> Tensor:
+        y = torch.nn.functional.linear(x, how.weight, how.bias)
+        if self.lora is not None and tiles is not None and how.site not in self.lora.idle:
+            columns = len(how.widths) * self.lora.rank_blocks * lora.RANKS
+            z = lora.shrunk(len(x), x.shape[1], columns, self.lora.config, x.device)
+            table, config = self.lora.table, self.lora.config
+            lora.lora_add(y, x, table, how.site, how.widths, tiles, z, config, pdl=self.pdl)
+        return y
+
+    def silu_mul(self, h: Tensor) -> Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    def attention(self, qkv: Tensor, form: AttentionForm) -> Tensor:
+        heads, index, group = form.heads, form.place.index, self.groups[form.place.group]
+        norms, rotary = form.norms, form.rotary
+        how = QueryKey(rotary.cos, rotary.sin, rotary.interleaved, temperature=form.temperature)
+        if norms is not None:
+            how = QueryKey(
+                rotary.cos, rotary.sin, rotary.interleaved, norms.q, norms.k, norms.eps, form.temperature
+            )
+        rotary_kv_write(qkv, self.positions, group.slots, how, self.kv, index, heads.num, pdl=self.pdl)
+        out = qkv.new_empty(len(qkv), heads.num * self.kv.head_dim)
+        if group.decode is not None:
+            decode_attention(qkv, self.kv, index, group.decode, heads, self.workspace, out, pdl=self.pdl)
+        if group.prefill is not None:
+            prefill_attention(qkv, self.kv, index, group.prefill, heads, out, pdl=self.pdl)
+        return out
+
+    def latent_attention(self, q: Tensor, z: Tensor, column: int, form: LatentForm) -> Tensor:
+        del q, z, column, form
+        raise ModelRefused("latent attention does not run on a GPU yet; serve this model with device = 'cpu'")
+
+    def experts(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        rule: RoutingRule,
+        experts: GpuExperts,
+        site: int,
+        shared: Tensor | None,
+    ) -> Pairs:
+        tokens, count = scores.shape
+        rows = tile_rows(tokens, rule.top_k, count)
+        adapters = 0 if self.lora is None else self.lora.adapters
+        work = Sorted.empty(tokens, rule.top_k, count, rows, adapters, x.device)
+        slots = None if self.lora is None else self.lora.slots
+        route(scores.float(), rule, slots, work, self.rows, pdl=self.pdl)
+        h = x.new_empty(len(work.order), experts.down.shape[2])
+        update = self._update(x, work, site, 2, gather=True)
+        product(
+            x, experts.gate_up, work, h, product_config(experts.gate_up, 2, rows), gather=True,
+            activation=experts.activation, update=update, weigh_input=rule.on_input, pdl=self.pdl,
+        )  # fmt: skip
+        update = self._update(h, work, site + 2, 1, gather=False)
+        out = x.new_empty(len(work.order), x.shape[1])
+        product(
+            h,
+            experts.down,
+            work,
+            out,
+            product_config(experts.down, 1, rows),
+            gather=False,
+            update=update,
+            pdl=self.pdl,
+        )
+        return Pairs(out, x.dtype, work, shared, weighed=rule.on_input)
+
+    def _update(self, x: Tensor, work: Sorted, site: int, sides: int, gather: bool) -> ExpertUpdate | None:
+        """The shrunk inputs of `sides` sites, if any row carries an adapter."""
+        if self.lora is None:
+            return None
+        z = moe_lora.shrunk(len(work.order), sides, self.lora.rank_blocks * lora.RANKS, x)
+        update = ExpertUpdate(self.lora.table, site, z)
+        moe_lora.shrink(x, work, update, gather=gather, config=self.lora.expert_config, pdl=self.pdl)
+        return update
+
+
+class GpuDevice:
+    """Weights in bfloat16 or four bits, in the memory of one GPU."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device = device
+        self.dtype = dtype
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+    def bytes(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def vector(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, torch.float32)
+
+    def table(self, tensor: Tensor) -> Tensor:
+        return self.tensor(tensor)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous()
+
+    def experts(
+        self,
+        gate_up: Iterable[Tensor] | FourBit,
+        down: Iterable[Tensor] | FourBit,
+        activation: Activation,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> GpuExperts:
+        return GpuExperts(
+            ExpertWeights(self._stack(gate_up), gate_up_bias),
+            ExpertWeights(self._stack(down), down_bias),
+            activation,
+        )
+
+    def _stack(self, weights: Iterable[Tensor] | FourBit) -> Tensor | Mxfp4:
+        if isinstance(weights, FourBit):
+            return Mxfp4.pack(weights.codes, weights.scales)
+        return torch.stack([weight.contiguous() for weight in weights])

@@ -1,0 +1,100 @@
+"""What the dense kernels launch at the shapes they were made for, for `hopper`: gpt-oss-20b, Qwen3 and odd ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from motet.kernels.attention import Heads
+from motet.kernels.gpu.attention import (
+    DecodeBatch,
+    DecodeWorkspace,
+    PrefillBatch,
+    decode_attention,
+    prefill_attention,
+)
+from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
+from motet.kernels.gpu.lora import DECODE, PREFILL, LoraTiles, RankBlocks, lora_add, shrunk
+from motet.kernels.gpu.norm import add_rms_norm
+from motet.kernels.gpu.sample import SamplingTensors, sample
+from motet.kernels.kv_write import KVLayout
+from motet.types import FULL, KVGroup
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+F32 = torch.float32
+
+
+def launches() -> None:
+    norms()
+    kv_writes()
+    attentions()
+    loras()
+    samples()
+
+
+def norms() -> None:
+    for width in (2880, 16384):
+        for residual in (None, meta(16, width, dtype=F32)):
+            add_rms_norm(meta(16, width), residual, meta(width, dtype=F32), 1e-5, pdl=True)
+
+
+def kv_layout(kv_heads: int, dim: int, layers: int = 12) -> KVLayout:
+    stride = layers * 2 * kv_heads * 16 * dim
+    return KVLayout(meta(1024 * stride), 1024, stride, layers, kv_heads, 16, dim)
+
+
+def kv_writes() -> None:
+    rows = meta(16, dtype=torch.int32)
+    for heads, kv_heads, dim in ((64, 8, 64), (32, 4, 128)):
+        qkv, weight = meta(16, (heads + 2 * kv_heads) * dim), meta(dim, dtype=F32)
+        table = meta(4096, dim // 2, dtype=F32)
+        for interleaved in (False, True):
+            plain = QueryKey(table, table, interleaved)
+            for how in (plain, replace(plain, q_norm=weight, k_norm=weight, temperature=table)):
+                rotary_kv_write(qkv, rows, rows, how, kv_layout(kv_heads, dim), 3, heads, pdl=True)
+
+
+def attentions() -> None:
+    i32 = torch.int32
+    decode = DecodeBatch(meta(16, dtype=i32), meta(16, dtype=i32), meta(16, 128, dtype=i32))
+    prefill = PrefillBatch(meta(100, 4, dtype=i32), meta(16, 128, dtype=i32))
+    window, chunk = KVGroup((), window=128), KVGroup((), chunk=8192)
+    for num, kv_heads, dim, reach in (
+        (64, 8, 64, FULL),
+        (64, 8, 64, window),
+        (32, 4, 128, FULL),
+        (9, 3, 80, chunk),
+    ):
+        kv, qkv, out = kv_layout(kv_heads, dim), meta(1616, (num + 2 * kv_heads) * dim), meta(1616, num * dim)
+        heads = Heads(num, dim**-0.5, reach, meta(num, dtype=F32) if dim == 64 else None)
+        workspace = DecodeWorkspace.empty(16, num, kv_heads, dim, "meta")
+        decode_attention(qkv, kv, 3, decode, heads, workspace, out, pdl=True)
+        prefill_attention(qkv, kv, 3, prefill, heads, out, pdl=True)
+
+
+def loras() -> None:
+    i32, i64 = torch.int32, torch.int64
+    blocks = 1 << 16
+    table = RankBlocks(
+        meta(300, 8, dtype=i32), meta(300, 8, dtype=i32), meta(blocks, dtype=i64), meta(blocks, dtype=i64),
+        meta(blocks, dtype=i32), meta(blocks, dtype=F32), meta(1 << 30),
+    )  # fmt: skip
+    tiles = LoraTiles(*(meta(16, dtype=i32) for _ in range(3)))
+    for depth, widths in ((2880, (4096, 512, 512)), (4096, (2880,)), (2048, (768, 768))):
+        for config in (DECODE, PREFILL):
+            x, y = meta(16, depth), meta(16, sum(widths))
+            lora_add(y, x, table, 5, widths, tiles, shrunk(16, depth, 96, config, "meta"), config, pdl=True)
+
+
+def samples() -> None:
+    i32, i64 = torch.int32, torch.int64
+    rows = SamplingTensors(*(meta(16, dtype=kind) for kind in (F32, i64, i32, i32, F32, F32)))
+    for logits in (meta(16, 201_088), meta(16, 201_088, dtype=F32)):
+        for truncate in (False, True):
+            sample(logits, rows, truncate, pdl=True)

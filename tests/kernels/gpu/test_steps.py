@@ -1,0 +1,68 @@
+"""Whole steps as a GPU runs them, against transformers + PEFT: prefill with single tokens among it, then decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from motet.adapters.checkpoint import load_checkpoint
+from motet.adapters.gpu_table import GpuTable
+from motet.adapters.image import pack
+from motet.engine.gpu_inputs import StepBuilder
+from motet.layers.gpu import GpuDevice
+from motet.memory.pool import Pool
+from motet.models.registry import load_model, load_spec
+from motet.types import BASE, Chunk, Plan
+from tests.close import assert_close
+from tests.formats import FAMILIES, write_all
+from tests.parity import reference_logits
+from tests.tiny import VOCAB, write_model
+
+LENGTHS = (1, 9, 19, 5, 7, 8, 5, 7, 6, 9, 4)
+PAGE_TOKENS = 8
+SERVED = [kind for kind in FAMILIES if "deepseek" not in kind]
+
+
+@pytest.mark.parametrize("kind", SERVED if torch.cuda.is_available() else ["qwen3-moe", "gpt-oss"])
+def test_steps_match_peft(kind: str, tmp_path: Path, device: str) -> None:
+    """In float32, which the interpreter gets right; every format of adapters in one batch."""
+    layers = {} if device == "cuda" else {"num_hidden_layers": 2}  # the interpreter takes a minute for each
+    model = write_model(tmp_path / "model", kind, **layers)
+    spec = load_spec(model)
+    pool = Pool(spec, 32 << 20, PAGE_TOKENS, kv_dtype=torch.float32, device=device)
+    decoder = load_model(model, spec, 256, device=GpuDevice(torch.device(device), torch.float32)).decoder
+    table = GpuTable(len(spec.sites), pool.flat, pool.page_bytes, torch.float32)
+    builder = StepBuilder(pool, table, 256, spec.num_heads, 16)
+    adapters: list[Path | None] = [None, *write_all(tmp_path, model, kind, refused=False).values()]
+    digests, page = [BASE], 100
+    for adapter in adapters[1:]:
+        assert adapter is not None
+        image = pack(load_checkpoint(adapter, spec), pool.page_bytes)
+        pages = tuple(range(page, page + image.num_pages))
+        page += image.num_pages
+        pool.fill(pages, image.pages)
+        table.add(image.digest, image.chunks, pages)
+        digests.append(image.digest)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, VOCAB, (n + 1,), generator=generator).tolist() for n in LENGTHS[: len(adapters)]]
+    free = iter(range(100))
+    tables = [tuple(tuple(next(free) for _ in range(3)) for _ in spec.kv_groups) for _ in prompts]
+
+    def check(chunks: list[Chunk], logits: torch.Tensor) -> None:
+        for row, chunk in zip(logits, chunks, strict=True):
+            known = prompts[chunk.seq][: chunk.start + len(chunk.tokens)]
+            expected = reference_logits(model, kind, adapters[chunk.seq], known)[-1]
+            assert_close(row.cpu(), expected, relative=1e-4)
+
+    with torch.inference_mode():
+        many = [Chunk(i, tuple(p[:-1]), 0, tables[i], digests[i], True) for i, p in enumerate(prompts)]
+        chunks = builder.ordered(Plan(chunks=tuple(many)))
+        check(chunks, decoder(builder.batch(chunks, pdl=False)))
+        single = [Chunk(i, (p[-1],), len(p) - 1, tables[i], digests[i], True) for i, p in enumerate(prompts)]
+        chunks = builder.ordered(Plan(chunks=tuple(single)))
+        staging = builder.captured(16)
+        builder.fill_decode(staging, chunks)
+        staging.upload()
+        check(chunks, decoder(builder.decode_batch(staging, True, builder.idle(chunks), pdl=False))[: len(chunks)])
