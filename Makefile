@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve test check bench clean
+.PHONY: demo serve test gpu-test check bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ serve: $(STAMP)  ## the same server, staying up on port 8000; MODEL=... serves a
 
 test: $(STAMP)  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup  # one thread for each of two workers
+
+gpu-test:  ## what needs a GPU, with the Python that has torch for it: kernels, whole steps, replays, a busy engine
+	PYTHONPATH=src:. $(PYTHON) -m pytest -q -p no:cacheprovider tests/kernels/gpu tests/gpu
 
 check: $(STAMP)  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .

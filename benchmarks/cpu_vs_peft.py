@@ -107,7 +107,13 @@ class MotetSide:
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.engine = Engine(
-            EngineConfig(model=str(model), device="cpu", pool_bytes=POOL_BYTES, max_step_tokens=1024, prefix_caching=False)
+            EngineConfig(
+                model=str(model),
+                device="cpu",
+                pool_bytes=POOL_BYTES,
+                max_step_tokens=1024,
+                prefix_caching=False,
+            )
         )
         prepared = (folder / PREPARED).read_bytes()
         self.adapters = msgspec.json.decode(prepared, type=list[PreparedAdapter])

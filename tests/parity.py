@@ -15,6 +15,7 @@ from torch import Tensor
 
 from motet.config import EngineConfig
 from motet.engine import runner
+from motet.engine.gpu_sampler import GpuSampler
 from motet.engine.loop import Engine
 from motet.engine.sampler import SamplingRow, sample
 from motet.registry.prepare import prepare
@@ -86,7 +87,9 @@ def serve_mixed_batch(
 def _register(engine: Engine, adapter: Path | None, images: Path) -> str:
     if adapter is None:
         return BASE
-    found = prepare(adapter, engine.spec, engine.runner.pool.page_bytes, images)
+    pool = engine.runner.pool
+    rounded = pool.kv_dtype == torch.bfloat16
+    found = prepare(adapter, engine.spec, pool.page_bytes, images, rounded)
     engine.register_adapter(found.digest, Path(found.image), found.num_pages)
     return found.digest
 
@@ -118,5 +121,12 @@ def recorded_logits() -> Iterator[Logits]:
             seen.setdefault(tuple(row.prompt), []).append(rows_of_logits[i].clone())
         return sample(rows_of_logits, rows)
 
-    with patch.object(runner, "sample", record):
+    on_gpu = GpuSampler.sample
+
+    def record_gpu(self: GpuSampler, rows_of_logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+        for i, row in enumerate(rows):
+            seen.setdefault(tuple(row.prompt), []).append(rows_of_logits[i].clone())
+        return on_gpu(self, rows_of_logits, rows)
+
+    with patch.object(runner, "sample", record), patch.object(GpuSampler, "sample", record_gpu):
         yield seen

@@ -47,7 +47,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         images = arguments.images or Path(name)
         names = arguments.cases.split(",")
-        for result in run_cases(config, adapters, images, names, arguments.in_flight, arguments.prompt, say):
+        for result in run_cases(
+            config, adapters, images, names, arguments.in_flight, arguments.prompt, 600, say
+        ):
             print(msgspec.json.encode(result).decode(), flush=True)
 
 

@@ -106,7 +106,7 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
         ("adapters = ['a']", "adapters must be a table"),
         ("[server.adapters]\nred = '/red'", "adapters have a table of their own"),
         ("[adapters]\nred = 3", "at `$.server.adapters[...]`"),
-        ("[engine]\npool_bytes = '2GiB'", "Expected `int`, got `str` - at `$.engine.pool_bytes`"),
+        ("[engine]\npool_bytes = '2GiB'", "Expected `int | null`, got `str` - at `$.engine.pool_bytes`"),
         ("[engine]\npool_bytes = 0", "pool_bytes must be positive"),
         ("[server]\nport = 70000", "port must be between 0 and 65535"),
         ("[engine\n", "is not valid TOML"),

@@ -57,7 +57,9 @@ def test_many_clients_leave_at_once() -> None:
     async def leave(client: httpx.AsyncClient, number: int) -> None:
         path = list(PATHS)[number % 2]
         call = asyncio.create_task(client.post(path, json={**PATHS[path], "stream": number % 3 == 0}))
-        await until(lambda: house.generator.running > 0 or bool(house.generator.aborted))  # the first have arrived
+        await until(
+            lambda: house.generator.running > 0 or bool(house.generator.aborted)
+        )  # the first have arrived
         await asyncio.sleep(0.02 * (number % 7))
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)

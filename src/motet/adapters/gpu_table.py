@@ -120,9 +120,7 @@ class GpuTable:
         return begin
 
 
-def _blocks(
-    chunks: ChunkTable, pages: NDArray[np.int64], page_bytes: int, dtype: torch.dtype
-) -> _Blocks:
+def _blocks(chunks: ChunkTable, pages: NDArray[np.int64], page_bytes: int, dtype: torch.dtype) -> _Blocks:
     """Chunks cut into rank blocks."""
     if any(DTYPES[code] != dtype for code in np.unique(chunks.dtype).tolist()):
         raise MotetError(f"the adapter was not packed in {dtype}; pack it again")

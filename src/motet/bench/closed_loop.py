@@ -58,16 +58,16 @@ class Case:
     newcomers: tuple[int, ...] = ()
 
 
-def cases(in_flight: int, adapters: int) -> dict[str, Case]:
-    """The cases by name."""
+def cases(in_flight: int, adapters: int, output: int = 600) -> dict[str, Case]:
+    """The cases by name; answers have `output` tokens, those of `alone` half, those of `crowd` a third."""
     n = in_flight
     return {
-        "steady": Case(4 * n, n, lambda i: i % adapters, steady=True),
-        "together": Case(2 * n, n, lambda i: i % adapters),
-        "base": Case(3 * n, n, lambda _: None, steady=True),
-        "alone": Case(2, 1, lambda i: i % adapters, output=300),
-        "cold": Case(n - 1, n - 1, lambda i: i % max(adapters - 1, 1), newcomers=(20, 21, 22)),
-        "crowd": Case(3 * n, n, lambda i: 30 + i % (2 * adapters), output=200, steady=True),
+        "steady": Case(4 * n, n, lambda i: i % adapters, output, steady=True),
+        "together": Case(2 * n, n, lambda i: i % adapters, output),
+        "base": Case(3 * n, n, lambda _: None, output, steady=True),
+        "alone": Case(2, 1, lambda i: i % adapters, output // 2),
+        "cold": Case(n - 1, n - 1, lambda i: i % max(adapters - 1, 1), output, newcomers=(20, 21, 22)),
+        "crowd": Case(3 * n, n, lambda i: 30 + i % (2 * adapters), output // 3, steady=True),
     }
 
 

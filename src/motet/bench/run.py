@@ -13,6 +13,7 @@ from motet.bench.closed_loop import Case, ClosedLoop, Result, cases
 from motet.config import EngineConfig
 from motet.engine.device import has_gpu, resolve
 from motet.engine.loop import Engine
+from motet.errors import ConfigError
 from motet.registry.prepare import prepare
 
 
@@ -23,9 +24,11 @@ def run_cases(
     names: Sequence[str],
     in_flight: int,
     prompt: int,
+    output: int,
     say: Callable[[str], None],
 ) -> Iterator[Result]:
     """Yield each case's result. `adapters` are PEFT directories; numbers beyond them are copies of these."""
+    chosen = _chosen(cases(in_flight, max(len(adapters), 1), output), names, bool(adapters))
     config = resolve(config, has_gpu())
     began = time.perf_counter()
     engine = Engine(config, lambda stage, fraction: say(f"{stage} {fraction:.0%}"))
@@ -49,11 +52,20 @@ def run_cases(
 
     loop = ClosedLoop(engine, digest_of, engine.spec.vocab_size, prompt)
     count = max(len(prepared), 1)
-    chosen = cases(in_flight, count)
     if prepared:
         loop.run("warm-up", Case(in_flight, in_flight, lambda i: i % count, output=20))
     else:
         loop.run("warm-up", Case(in_flight, in_flight, lambda _: None, output=20))
-    for name in names:
-        yield loop.run(name, chosen[name])
+    for name, case in chosen.items():
+        yield loop.run(name, case)
     engine.close()
+
+
+def _chosen(known: dict[str, Case], names: Sequence[str], adapters: bool) -> dict[str, Case]:
+    """The cases of these names. ConfigError for an unknown one, or one that needs adapters where there are none."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no case {name!r}; there are {', '.join(known)}")
+        if not adapters and name != "base":
+            raise ConfigError(f"the case {name!r} needs adapters; without any there is only base")
+    return {name: known[name] for name in names}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -132,6 +133,44 @@ def demo(
     from motet.cli.demo import run_demo
 
     run_demo(Console(), demo_paths(), max_tokens)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Model directory or hub id. [default: embedded]")
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", help="A PEFT LoRA directory; repeatable.")
+    ] = None,
+    cases: Annotated[
+        str, typer.Option(help="Of steady, together, base, alone, cold, crowd; separated by commas.")
+    ] = "steady,base,alone",
+    in_flight: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1600,
+    output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 600,
+    pool: Annotated[str | None, typer.Option(help="As of serve.")] = None,
+) -> None:
+    """Measure an engine in this process under a fixed number of requests in flight; one JSON line per case.
+
+    OTPS is the output tokens per second of one request, TTFT the time to its first token. Prompts are random.
+    """
+    from motet.bench.run import run_cases
+    from motet.cli.service import model_directory
+    from motet.cli.settings import EMBEDDED, parse_size
+    from motet.config import EngineConfig, cache_dir
+
+    console = Console(stderr=True)
+    config = EngineConfig(
+        model=str(model_directory(model or EMBEDDED, console)),
+        max_model_len=prompt + output,
+        max_running=in_flight,
+        pool_bytes=parse_size(pool) if pool else None,
+        prefix_caching=False,
+    )
+    images, names = cache_dir() / "images", cases.split(",")
+    for result in run_cases(config, adapter or [], images, names, in_flight, prompt, output, console.print):
+        print(msgspec.json.encode(result).decode(), flush=True)
 
 
 @app.command()

@@ -131,9 +131,7 @@ class Builder:
             for gate, up, _ in names:
                 yield torch.cat([take(gate, wide, hidden), take(up, wide, hidden)])
 
-        return self.device.experts(
-            gate_up(), (take(down, hidden, wide) for _, _, down in names), SILU
-        )
+        return self.device.experts(gate_up(), (take(down, hidden, wide) for _, _, down in names), SILU)
 
     def fused_experts(self, path: str, count: int, wide: int, transposed: bool = False) -> ExpertSet:
         """Experts stored as `path.gate_up_proj` [E, 2I, H], gate over up, and `path.down_proj` [E, H, I].

@@ -102,7 +102,9 @@ class Weights:
 
     def take_bytes(self, name: str, *shape: int) -> Tensor:
         """The uint8 tensor of that name, a packed format of its own; on the CPU it is mapped from its file."""
-        return self._taken(name, self.device.bytes(self._open(self._prefix + name, *shape, dtypes=(torch.uint8,))))
+        return self._taken(
+            name, self.device.bytes(self._open(self._prefix + name, *shape, dtypes=(torch.uint8,)))
+        )
 
     def _taken(self, name: str, tensor: Tensor) -> Tensor:
         self._where.pop(self._prefix + name, None)

@@ -46,7 +46,9 @@ def test_steps_match_peft(kind: str, tmp_path: Path, device: str) -> None:
         table.add(image.digest, image.chunks, pages)
         digests.append(image.digest)
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(2, VOCAB, (n + 1,), generator=generator).tolist() for n in LENGTHS[: len(adapters)]]
+    prompts = [
+        torch.randint(2, VOCAB, (n + 1,), generator=generator).tolist() for n in LENGTHS[: len(adapters)]
+    ]
     free = iter(range(100))
     tables = [tuple(tuple(next(free) for _ in range(3)) for _ in spec.kv_groups) for _ in prompts]
 
@@ -65,4 +67,7 @@ def test_steps_match_peft(kind: str, tmp_path: Path, device: str) -> None:
         staging = builder.captured(16)
         builder.fill_decode(staging, chunks)
         staging.upload()
-        check(chunks, decoder(builder.decode_batch(staging, True, builder.idle(chunks), pdl=False))[: len(chunks)])
+        check(
+            chunks,
+            decoder(builder.decode_batch(staging, True, builder.idle(chunks), pdl=False))[: len(chunks)],
+        )

@@ -16,7 +16,9 @@ from motet.kernels.gpu.lora import RANKS, RankBlocks
 BLOCK = 512
 
 
-def lora_embed(x: Tensor, tokens: Tensor, vocabulary: int, table: RankBlocks, site: int, slots: Tensor) -> None:
+def lora_embed(
+    x: Tensor, tokens: Tensor, vocabulary: int, table: RankBlocks, site: int, slots: Tensor
+) -> None:
     """See the module's semantics."""
     rows, width = x.shape
     if rows:

@@ -1,0 +1,147 @@
+"""The engine on a GPU: graphs against launches, a busy engine against solo runs, no compilation while serving."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from motet.config import EngineConfig
+from motet.engine.gpu_runner import GpuRunner
+from motet.engine.loop import Engine
+from motet.registry.prepare import prepare
+from motet.types import BASE, Chunk, Plan, Request, SamplingParams
+from tests.close import assert_close
+from tests.formats import write_all
+from tests.parity import reference_logits, serve_mixed_batch
+from tests.tiny import VOCAB, write_model
+
+KINDS = ["gpt-oss", "qwen3-moe", "llama", "llama4"]
+
+
+def _engine(model: Path, **options: object) -> Engine:
+    config = {"pool_bytes": 64 << 20, "page_tokens": 16, "max_step_tokens": 64, "max_running": 16, **options}
+    return Engine(EngineConfig(model=str(model), device="cuda", **config))  # type: ignore[arg-type]
+
+
+def _register(engine: Engine, adapters: list[Path], images: Path) -> list[str]:
+    digests = []
+    for adapter in adapters:
+        found = prepare(adapter, engine.spec, engine.runner.pool.page_bytes, images, rounded=True)
+        engine.register_adapter(found.digest, Path(found.image), found.num_pages)
+        digests.append(found.digest)
+    return digests
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_served_logits_are_near_those_of_float32(kind: str, tmp_path: Path) -> None:
+    """bfloat16 against float32: some percent of the largest logit in a random model of three layers."""
+    model = write_model(tmp_path / "model", kind)
+    adapters = list(write_all(tmp_path, model, kind, refused=False).values())
+    jobs = serve_mixed_batch(
+        model, [None, *adapters], device="cuda", pool_bytes=64 << 20, page_tokens=16, max_step_tokens=33
+    )
+    for job in jobs:
+        expected = reference_logits(model, kind, job.adapter, [*job.prompt, *job.answer[:-1]])
+        assert_close(job.logits.float().cpu(), expected[len(job.prompt) - 1 :], relative=6e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replays_equal_launches_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", kind)
+    engine = _engine(model)
+    runner = engine.runner
+    assert isinstance(runner, GpuRunner)
+    (digest, *_) = _register(
+        engine, list(write_all(tmp_path, model, kind, refused=False).values())[:1], tmp_path / "i"
+    )
+    engine.add(Request("load", (5,) * 9, SamplingParams(max_tokens=2, temperature=0), digest))
+    while engine.has_work:
+        engine.step()
+    groups = len(engine.spec.kv_groups)
+    chunks = [
+        Chunk(i, (7 + i,), 3 * i, ((50 + i,),) * groups, digest if i % 2 else BASE, True) for i in range(5)
+    ]
+    ordered = runner._builder.ordered(Plan(chunks=tuple(chunks)))
+    with torch.inference_mode():
+        replayed = runner._logits(ordered)[:5].clone()
+        staging = runner._staging[8]
+        idle = runner._builder.idle(ordered)
+        launched = runner.decoder(runner._builder.decode_batch(staging, True, idle, pdl=False))[:5]
+        assert torch.equal(replayed, launched)
+        for _ in range(100):
+            assert torch.equal(runner._logits(ordered)[:5], replayed)
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["gpt-oss", "qwen3-moe"])
+def test_a_busy_engine_answers_as_a_quiet_one(kind: str, tmp_path: Path) -> None:
+    """64 greedy requests over all adapters, arriving at random, some cancelled, against each by itself."""
+    model = write_model(tmp_path / "model", kind)
+    engine = _engine(model)
+    digests = [
+        BASE,
+        *_register(engine, list(write_all(tmp_path, model, kind, refused=False).values()), tmp_path / "i"),
+    ]
+    rng = random.Random(3)
+    requests = [
+        Request(
+            f"r{i}",
+            tuple(rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 90))),
+            SamplingParams(max_tokens=rng.randrange(2, 24), temperature=0, ignore_eos=True),
+            digests[i % len(digests)],
+        )
+        for i in range(64)
+    ]
+
+    def run(todo: list[Request], cancel: bool) -> dict[str, tuple[int, ...]]:
+        answers: dict[str, tuple[int, ...]] = {request.id: () for request in todo}
+        waiting, ended = list(todo), 0
+        while ended < len(todo):
+            while waiting and rng.random() < 0.5:
+                engine.add(waiting.pop(0))
+            if cancel and rng.random() < 0.02:
+                for output in engine.abort(f"r{rng.randrange(64)}"):
+                    ended += output.finish is not None
+            for output in engine.step():
+                assert output.error is None, output.error
+                answers[output.request_id] += output.token_ids
+                ended += output.finish is not None
+            engine.scheduler.check_integrity()
+        return answers
+
+    busy = run(requests, cancel=True)
+    differ = 0
+    for request in requests:
+        alone = run([request], cancel=False)[request.id]
+        differ += busy[request.id] != alone[: len(busy[request.id])]
+    engine.close()
+    assert differ == 0, f"{differ} of 64 answers depend on the batch"
+
+
+def test_nothing_is_compiled_while_serving_contexts_of_any_length(tmp_path: Path) -> None:
+    from triton.runtime.jit import JITFunction  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    model = write_model(tmp_path / "model", "gpt-oss", max_position_embeddings=4352)
+    engine = _engine(model, max_step_tokens=2048, max_running=4)
+    compiled: list[str] = []
+    JITFunction.compiled_hook = lambda *args, **kwargs: compiled.append(str(kwargs.get("repr", args)))
+
+    def serve(length: int) -> None:
+        prompt = tuple(random.Random(length).randrange(2, VOCAB) for _ in range(length))
+        engine.add(
+            Request(f"n{length}", prompt, SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+        )
+        while engine.has_work:
+            engine.step()
+
+    try:
+        lengths = sorted({1, 2, 3, *(random.Random(0).randrange(1, 4097) for _ in range(60)), 4096})
+        for length in lengths:
+            serve(length)
+    finally:
+        JITFunction.compiled_hook = None
+        engine.close()
+    assert not compiled, f"{len(compiled)} kernels were compiled while serving: {compiled[:3]}"
