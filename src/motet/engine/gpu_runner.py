@@ -86,7 +86,10 @@ class GpuRunner:
         if key not in self._graphs:
             if size not in self._staging:
                 self._staging[size] = self._builder.captured(size)
-            batch = self._builder.decode_batch(self._staging[size], with_lora, idle, self._pdl)
+            staging = self._staging[size]
+            self._builder.fill_decode(staging, [])  # all padding: what runs here must not write to anybody's pages
+            staging.upload()
+            batch = self._builder.decode_batch(staging, with_lora, idle, self._pdl)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
