@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 import msgspec
 import torch
 
 from motet.config import EngineConfig
-from motet.engine.gpu_runner import GpuRunner
 from motet.engine.runner import Runner
 from motet.errors import ConfigError
-from motet.kernels.gpu.jit import HAVE_TRITON
 from motet.layers.batch import Device
 from motet.layers.cpu import CpuDevice
 from motet.layers.decoder import Decoder
-from motet.layers.gpu import GpuDevice
 from motet.memory.pool import KV_DTYPE, Pool, page_bytes
 from motet.types import ModelSpec
+
+if TYPE_CHECKING:
+    from motet.engine.gpu_runner import GpuRunner
 
 CPU_POOL = 1 << 30
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
@@ -26,7 +29,7 @@ WORKSPACE = 3 << 30
 
 def has_gpu() -> bool:
     """Whether there is a GPU that kernels can be compiled for."""
-    return HAVE_TRITON and torch.cuda.is_available()
+    return torch.cuda.is_available() and find_spec("triton") is not None
 
 
 def resolve(config: EngineConfig, gpu: bool) -> EngineConfig:
@@ -48,7 +51,11 @@ def resolve(config: EngineConfig, gpu: bool) -> EngineConfig:
 
 def weights_device(config: EngineConfig) -> Device:
     """Where a resolved config wants the weights."""
-    return CpuDevice() if config.device == "cpu" else GpuDevice(torch.device("cuda"))
+    if config.device == "cpu":
+        return CpuDevice()
+    from motet.layers.gpu import GpuDevice  # brings Triton, which a CPU's engine has no use for: 60 MB
+
+    return GpuDevice(torch.device("cuda"))
 
 
 def make_pool(config: EngineConfig, spec: ModelSpec) -> Pool:
@@ -73,4 +80,6 @@ def make_runner(config: EngineConfig, decoder: Decoder, pool: Pool, max_model_le
     """What executes plans on the config's device."""
     if config.device == "cpu":
         return Runner(decoder, pool)
+    from motet.engine.gpu_runner import GpuRunner
+
     return GpuRunner(decoder, pool, max_model_len, config.max_running)

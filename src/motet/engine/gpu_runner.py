@@ -87,7 +87,9 @@ class GpuRunner:
             if size not in self._staging:
                 self._staging[size] = self._builder.captured(size)
             staging = self._staging[size]
-            self._builder.fill_decode(staging, [])  # all padding: what runs here must not write to anybody's pages
+            self._builder.fill_decode(
+                staging, []
+            )  # all padding: what runs here must not write to anybody's pages
             staging.upload()
             batch = self._builder.decode_batch(staging, with_lora, idle, self._pdl)
             stream = torch.cuda.Stream()
