@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from motet.adapters.gpu_table import GpuTable
+from motet.engine.inputs import kv_slots
 from motet.engine.staging import Field, Staging
 from motet.kernels.gpu import lora, moe_lora
 from motet.kernels.gpu.attention import (
@@ -129,13 +129,13 @@ class StepBuilder:
             host[name][2, tiles.shape[1] :] = 0
         page, offset = starts // self.pool.page_tokens, starts % self.pool.page_tokens
         for group in range(len(self.groups)):
-            pages, kv_slots = host[f"pages{group}"], host[f"kv_slots{group}"]
+            pages, targets = host[f"pages{group}"], host[f"kv_slots{group}"]
             for i, chunk in enumerate(chunks):
                 table = chunk.pages[group]
                 pages[i, : len(table)] = table
             of_row = np.asarray(pages[np.arange(count), page], np.int32)
-            kv_slots[:count] = of_row * np.int32(self.pool.page_tokens) + offset
-            kv_slots[count:] = -1
+            targets[:count] = of_row * np.int32(self.pool.page_tokens) + offset
+            targets[count:] = -1
 
     def decode_batch(self, staging: Staging, with_lora: bool, idle: frozenset[int], pdl: bool) -> GpuBatch:
         """The batch that reads a step of single tokens from its tensors, whatever is written to them later."""
@@ -193,7 +193,7 @@ class StepBuilder:
                 for row, i in enumerate(members):
                     host[name][row, : len(chunks[i].pages[g])] = chunks[i].pages[g]
             host[f"prefill{g}"][:] = tiles
-            host[f"kv_slots{g}"][:] = np.concatenate([_kv_slots(c, g, self.pool.page_tokens) for c in chunks])
+            host[f"kv_slots{g}"][:] = np.concatenate([kv_slots(c, g, self.pool.page_tokens) for c in chunks])
         staging.upload()
         kv = [
             GpuKV(
@@ -221,9 +221,3 @@ class StepBuilder:
             self.workspace,
             pdl,
         )
-
-
-def _kv_slots(chunk: Chunk, group: int, page_tokens: int) -> NDArray[np.int32]:
-    position = np.arange(chunk.start, chunk.start + len(chunk.tokens), dtype=np.int32)
-    pages = np.asarray(chunk.pages[group], np.int32)
-    return pages[position // page_tokens] * np.int32(page_tokens) + position % np.int32(page_tokens)

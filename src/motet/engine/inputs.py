@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from motet.adapters.table import AdapterTable
 from motet.kernels.attention import AttentionBatch, PrefillChunk
@@ -61,11 +62,12 @@ def _kv(rows: list[tuple[int, Chunk]], group: int, page_tokens: int) -> KVBatch:
             if len(chunk.tokens) > 1
         ],
     )
-    slots = np.concatenate([_kv_slots(chunk, group, page_tokens) for _, chunk in rows])
+    slots = np.concatenate([kv_slots(chunk, group, page_tokens) for _, chunk in rows])
     return KVBatch(torch.from_numpy(slots), attention)
 
 
-def _kv_slots(chunk: Chunk, group: int, page_tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def kv_slots(chunk: Chunk, group: int, page_tokens: int) -> NDArray[np.int32]:
+    """Where the KV of a chunk's tokens goes: page · page tokens + offset."""
     position = np.arange(chunk.start, chunk.start + len(chunk.tokens), dtype=np.int32)
     pages = np.asarray(chunk.pages[group], np.int32)
     return pages[position // page_tokens] * np.int32(page_tokens) + position % np.int32(page_tokens)
