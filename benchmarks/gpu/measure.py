@@ -13,18 +13,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
-try:
-    import numba  # noqa: F401
-except ImportError:  # the CPU kernels are not needed here, their modules are
-    stub = ModuleType("motet.kernels.jit")
-    stub.kernel = stub.inline = lambda function: function  # type: ignore[attr-defined]
-    sys.modules["motet.kernels.jit"] = stub
 
 BANDWIDTH, OPERATIONS = 4.3e12, 790e12
 """What a copy and a large bfloat16 product reach on an H200, per second."""
@@ -96,9 +89,12 @@ class Report:
         )
 
 
-def measure(calls: Sequence[Call]) -> tuple[float, float]:
-    """Median µs of a call among graph replays of all of them, and the spread of the middle half in percent."""
-    repeated = list(calls) * max(1, 48 // len(calls))
+def measure(calls: Sequence[Call], launches: int = 48) -> tuple[float, float]:
+    """Median µs of a call among graph replays of all of them, and the spread of the middle half in percent.
+
+    A graph has about `launches` calls.
+    """
+    repeated = list(calls) * max(1, launches // len(calls))
     graph, count = captured(repeated), len(repeated)
     times = []
     for _ in range(25):

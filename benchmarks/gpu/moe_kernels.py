@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,13 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
+from benchmarks.gpu.measure import BANDWIDTH, OPERATIONS, Call, captured, measure
 from benchmarks.gpu.moe_case import Layer, Plan, Step, default_plan, error, layer_errors
 from benchmarks.gpu.moe_plans import PARTS, SHAPES, Plans, compile_all, label, variants
 from motet.kernels.gpu import route
 from motet.kernels.gpu.mxfp4 import Mxfp4
 from tests.kernels.gpu.shipped_moe import GPT_OSS
-
-BANDWIDTH, OPERATIONS = 4.3e12, 790e12
-Call = Callable[[], object]
 
 
 class Report:
@@ -86,35 +83,6 @@ class Report:
         if path is not None:
             path.write_text(json.dumps({"rows": self.rows, "checks": self.checks}, indent=1))
         return int(bool(bad))
-
-
-def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    for call in calls[:2]:  # loads the code
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def measure(calls: Sequence[Call], launches: int) -> tuple[float, float]:
-    """Median µs of a call among graph replays of all of them, and the spread of the middle half in percent."""
-    many = list(calls) * max(1, launches // len(calls))
-    graph = captured(many)
-    times = []
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(many))
-    low, middle, high = statistics.quantiles(times[3:], n=4)
-    return middle, (high - low) / middle * 100
 
 
 def check_layer(report: Report, name: str, one: Layer, tokens: int, plan: Plan) -> None:

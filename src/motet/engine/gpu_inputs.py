@@ -43,7 +43,7 @@ class StepShape:
     sampled: int
     decode: int
     sequences: int
-    prefill_tiles: tuple[int, ...]
+    prefill_tiles: int
     tiles: int
     max_pages: int
 
@@ -66,11 +66,11 @@ def fields(shape: StepShape, groups: int) -> dict[str, Field]:
         "head_tiles": Field(INT, (3, shape.sampled)),
         "decode_rows": Field(INT, (shape.decode,)),
         "lengths": Field(INT, (shape.decode,)),
+        "prefill": Field(INT, (shape.prefill_tiles, 4)),
     }
     for group in range(groups):
         found[f"kv_slots{group}"] = Field(INT, (rows,))
         found[f"pages{group}"] = Field(INT, (shape.decode, shape.max_pages))
-        found[f"prefill{group}"] = Field(INT, (shape.prefill_tiles[group], 4))
         found[f"prefill_pages{group}"] = Field(INT, (shape.sequences, shape.max_pages))
     return found
 
@@ -97,7 +97,7 @@ class StepBuilder:
 
     def captured(self, rows: int) -> Staging:
         """The tensors of steps of at most `rows` single tokens."""
-        shape = StepShape(rows, rows, rows, 0, (0,) * len(self.groups), rows, self.max_pages)
+        shape = StepShape(rows, rows, rows, 0, 0, rows, self.max_pages)
         return Staging(fields(shape, len(self.groups)), self.device)
 
     def ordered(self, plan: Plan) -> list[Chunk]:
@@ -144,10 +144,9 @@ class StepBuilder:
             GpuKV(on[f"kv_slots{g}"], DecodeBatch(on["decode_rows"], on["lengths"], on[f"pages{g}"]), None)
             for g in range(len(self.groups))
         ]
-        blocks = MAX_RANK_BLOCKS
         adapters = GpuLora(
             self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]), lora.DECODE,
-            moe_lora.DECODE, len(on["tokens"]), blocks, idle,
+            moe_lora.DECODE, len(on["tokens"]), MAX_RANK_BLOCKS, idle,
         )  # fmt: skip
         return GpuBatch(
             on["tokens"], on["positions"], groups, self.pool.kv, on["logit_rows"], on["rows"],
@@ -171,9 +170,7 @@ class StepBuilder:
         runs, head = row_tiles(slots, how.rows), row_tiles(slots[ends[sampled] - 1], how.rows)
         groups = range(len(self.groups))
         used = max(len(table) for chunk in chunks for table in chunk.pages)
-        shape = StepShape(
-            total, len(sampled), len(single), len(longer), (len(tiles),) * len(groups), runs.shape[1], used
-        )
+        shape = StepShape(total, len(sampled), len(single), len(longer), len(tiles), runs.shape[1], used)
         layout = fields(shape, len(groups)) | {"head_tiles": Field(INT, (3, head.shape[1]))}
         staging = Staging(layout, self.device)
         host, on = staging.host, staging.device
@@ -188,18 +185,18 @@ class StepBuilder:
         host["tiles"][:], host["head_tiles"][:] = runs, head
         host["decode_rows"][:] = first[single]
         host["lengths"][:] = [chunks[i].start + 1 for i in single]
+        host["prefill"][:] = tiles
         for g in groups:
             for name, members in ((f"pages{g}", single), (f"prefill_pages{g}", longer)):
                 for row, i in enumerate(members):
                     host[name][row, : len(chunks[i].pages[g])] = chunks[i].pages[g]
-            host[f"prefill{g}"][:] = tiles
             host[f"kv_slots{g}"][:] = np.concatenate([kv_slots(c, g, self.pool.page_tokens) for c in chunks])
         staging.upload()
         kv = [
             GpuKV(
                 on[f"kv_slots{g}"],
                 DecodeBatch(on["decode_rows"], on["lengths"], on[f"pages{g}"]) if single else None,
-                PrefillBatch(on[f"prefill{g}"], on[f"prefill_pages{g}"]) if longer else None,
+                PrefillBatch(on["prefill"], on[f"prefill_pages{g}"]) if longer else None,
             )
             for g in groups
         ]

@@ -41,7 +41,7 @@ class GpuRunner:
     ) -> None:
         self.decoder = decoder
         self.pool = pool
-        self.table = GpuTable(len(pool.spec.sites), pool.flat, pool.page_bytes, pool.kv.flat.dtype)
+        self.table = GpuTable(len(pool.spec.sites), pool.flat, pool.page_bytes, pool.kv_dtype)
         self._largest = next((size for size in BUCKETS if size >= max_running), BUCKETS[-1])
         decode_rows = max(max_running, self._largest)
         self._builder = StepBuilder(pool, self.table, max_model_len, pool.spec.num_heads, decode_rows)
@@ -87,9 +87,8 @@ class GpuRunner:
             if size not in self._staging:
                 self._staging[size] = self._builder.captured(size)
             staging = self._staging[size]
-            self._builder.fill_decode(
-                staging, []
-            )  # all padding: what runs here must not write to anybody's pages
+            # All padding: what runs here must not write to anybody's pages.
+            self._builder.fill_decode(staging, [])
             staging.upload()
             batch = self._builder.decode_batch(staging, with_lora, idle, self._pdl)
             stream = torch.cuda.Stream()

@@ -104,6 +104,7 @@ def paged_attention(qkv: Tensor, kv: KVLayout, layer: int, batch: AttentionBatch
 
 
 NO_SINKS = np.zeros(0, np.float32)
+NO_SINK = np.float32(-np.inf)
 
 
 def gather(kv: KVLayout, layer: int, pages: Tensor, first: int, end: int) -> Tensor:
@@ -199,7 +200,7 @@ def _accumulate(weights: F32, flat: F32, base: int, count: int, out: F32) -> Non
 
 
 @kernel
-def _softmax(row: F32, sink: np.float32) -> None:
+def softmax_row(row: F32, sink: np.float32) -> None:
     """In place; `sink` is one more score, whose share is dropped (-inf: none)."""
     top = sink
     for j in range(row.shape[0]):
@@ -246,8 +247,8 @@ def _decode_kernel(
                     query = q_row[(first + g) * dim : (first + g + 1) * dim]
                     _scores(query, flat, at, count, np.float32(scale), scores[g, begin : begin + count])
             for g in range(group):
-                sink = sinks[first + g] if sinks.shape[0] > 0 else np.float32(-np.inf)
-                _softmax(scores[g, first_key:length], sink)
+                sink = sinks[first + g] if sinks.shape[0] > 0 else NO_SINK
+                softmax_row(scores[g, first_key:length], sink)
                 o_row[(first + g) * dim : (first + g + 1) * dim] = np.float32(0)
             for page in range(first_page, pages):
                 skip = max(0, first_key - page * page_tokens)

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motet.kernels.attention import AttentionBatch, PrefillChunk, gather
+from motet.kernels.attention import NO_SINK, AttentionBatch, PrefillChunk, gather, softmax_row
 from motet.kernels.jit import kernel
 from motet.kernels.kv_write import KVLayout, rotate_head
 
@@ -249,20 +249,6 @@ def _add_to_one(weights: F32, flat: F32, base: int, count: int, stride: int, out
 
 
 @kernel
-def _softmax(row: F32) -> None:
-    top = row[0]
-    for j in range(row.shape[0]):
-        top = max(top, row[j])
-    total = np.float32(0)
-    for j in range(row.shape[0]):
-        row[j] = np.exp(row[j] - top)
-        total += row[j]
-    inverse = np.float32(1) / total
-    for j in range(row.shape[0]):
-        row[j] *= inverse
-
-
-@kernel
 def _decode_kernel(
     query: F32, flat: F32, rows: I32, lengths: I32, tables: I32, layer: int, page_tokens: int, page_stride: int,
     scale: float, out: F32,
@@ -286,7 +272,7 @@ def _decode_kernel(
             for h in range(by_four, heads):
                 _scores_of_one(q[h], flat, base, count, factor, scores[h, first:])
         for h in range(heads):
-            _softmax(scores[h, :length])
+            softmax_row(scores[h, :length], NO_SINK)
         for first in range(0, length, page_tokens):
             base = tables[b, first // page_tokens] * page_stride + layer * page_tokens * dim
             count = min(page_tokens, length - first)

@@ -142,11 +142,8 @@ class GpuBatch:
     def attention(self, qkv: Tensor, form: AttentionForm) -> Tensor:
         heads, index, group = form.heads, form.place.index, self.groups[form.place.group]
         norms, rotary = form.norms, form.rotary
-        how = QueryKey(rotary.cos, rotary.sin, rotary.interleaved, temperature=form.temperature)
-        if norms is not None:
-            how = QueryKey(
-                rotary.cos, rotary.sin, rotary.interleaved, norms.q, norms.k, norms.eps, form.temperature
-            )
+        q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
+        how = QueryKey(rotary.cos, rotary.sin, rotary.interleaved, q_norm, k_norm, eps, form.temperature)
         rotary_kv_write(qkv, self.positions, group.slots, how, self.kv, index, heads.num, pdl=self.pdl)
         out = qkv.new_empty(len(qkv), heads.num * self.kv.head_dim)
         if group.decode is not None:
