@@ -15,7 +15,7 @@ from torch import Tensor
 
 from motet.config import EngineConfig
 from motet.engine import runner
-from motet.engine.gpu_sampler import GpuSampler
+from motet.engine.gpu_sampler import GpuDraw, GpuSampler
 from motet.engine.loop import Engine
 from motet.engine.sampler import SamplingRow, sample
 from motet.registry.prepare import prepare
@@ -121,12 +121,12 @@ def recorded_logits() -> Iterator[Logits]:
             seen.setdefault(tuple(row.prompt), []).append(rows_of_logits[i].clone())
         return sample(rows_of_logits, rows)
 
-    on_gpu = GpuSampler.sample
+    on_gpu = GpuSampler.draw
 
-    def record_gpu(self: GpuSampler, rows_of_logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+    def record_gpu(self: GpuSampler, rows_of_logits: Tensor, rows: Sequence[SamplingRow]) -> GpuDraw:
         for i, row in enumerate(rows):
             seen.setdefault(tuple(row.prompt), []).append(rows_of_logits[i].clone())
         return on_gpu(self, rows_of_logits, rows)
 
-    with patch.object(runner, "sample", record), patch.object(GpuSampler, "sample", record_gpu):
+    with patch.object(runner, "sample", record), patch.object(GpuSampler, "draw", record_gpu):
         yield seen

@@ -237,5 +237,8 @@ def write_expert_adapter(folder: Path, model: Path, seed: int, rank: int) -> Pat
 def load_reference(model: Path, kind: str) -> PreTrainedModel:
     """The model as transformers runs it, fp32."""
     reference: PreTrainedModel = KINDS[kind][1].from_pretrained(model, dtype=torch.float32)
+    for module in reference.modules():
+        if hasattr(module, "limit") and hasattr(reference.config, "swiglu_limit"):
+            module.limit = reference.config.swiglu_limit  # older transformers have gpt-oss's own built in
     reference.train(False)
     return reference

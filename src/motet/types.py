@@ -80,8 +80,14 @@ class SeqOutput(Struct, frozen=True):
     cached_tokens: int = 0
 
 
+PENDING = -1
+"""In a chunk: the token that the step before chooses for this sequence, not known yet."""
+
+
 class Chunk(Struct, frozen=True):
     """The share of one sequence in a step: compute tokens [start, start + len(tokens)) of it.
+
+    The last token may be PENDING.
 
     `pages` has one block table for each of the model's KV groups: entry i is the page of tokens
     [i · page tokens, (i + 1) · page tokens), or -1 where no query of this step or a later one reads them.

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from motet.config import EngineConfig
 from motet.engine.loop import Engine
+from motet.engine.sampler import Drawn
 from motet.errors import ConfigError, ModelRefused
 from motet.registry.prepare import prepare
-from motet.types import BASE, PreparedAdapter, Request, SamplingParams, SeqOutput
+from motet.types import BASE, PENDING, Plan, PreparedAdapter, Request, SamplingParams, SeqOutput
 from tests.tiny import write_adapter, write_model
 
 PROMPT = tuple(range(10, 45))
@@ -102,6 +104,48 @@ def test_mixed_batch_equals_solo_runs(bench: Bench) -> None:
     bench.run()
     assert bench.answers["mixed-base"] == base
     assert {i: bench.answers[f"mixed-{i}"] for i in wanted} == wanted
+
+
+class Ahead:
+    """A runner whose results may be asked for after the next launch, as a GPU's: it keeps what it has chosen."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.pool, self.table = runner.pool, runner.table
+        self.chosen: dict[int, int] = {}
+
+    def launch(self, plan: Plan, row: Any) -> Drawn:
+        chunks = [
+            replace(c, tokens=tuple(self.chosen[c.seq] if token == PENDING else token for token in c.tokens))
+            for c in plan.chunks
+        ]
+        drawn = self.runner.launch(replace(plan, chunks=tuple(chunks)), row)
+        self.chosen = {sampled.seq: sampled.token_id for sampled in drawn.sampled}
+        return Drawn(drawn.sampled, overlaps=True)
+
+
+def test_an_engine_that_runs_ahead_of_its_results_answers_the_same(bench: Bench) -> None:
+    digests = [BASE, *(adapter.digest for adapter in bench.adapters)]
+    prompts = [tuple(range(5 + i, 12 + 7 * i)) for i in range(len(digests))]
+    options: list[dict[str, Any]] = [
+        {"max_tokens": 1},
+        {"temperature": 0.8, "seed": 5, "max_tokens": 12},
+        {"max_tokens": 20, "stop_token_ids": tuple(range(30))},
+        {"ignore_eos": False, "temperature": 2.0, "seed": 9, "max_tokens": 40},
+        {"max_tokens": 9},
+    ]
+    asked = list(zip(prompts, digests, options, strict=True))
+    wanted = [bench.solo(prompt, digest, **how) for prompt, digest, how in asked]
+    bench.engine.runner = Ahead(bench.engine.runner)  # type: ignore[assignment]
+    for i, (prompt, digest, how) in enumerate(asked):
+        bench.ask(f"ahead-{i}", prompt, digest, **how)
+        bench.step()
+    bench.run()
+    assert [bench.answers[f"ahead-{i}"] for i in range(len(asked))] == wanted
+    assert any(len(answer) < how["max_tokens"] for answer, how in zip(wanted, options, strict=True)), (
+        "nobody ended before its last token: no row was in vain"
+    )
+    assert not bench.engine.has_work
 
 
 def test_prefix_is_shared_within_an_adapter_and_never_across(bench: Bench) -> None:

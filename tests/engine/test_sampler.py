@@ -14,7 +14,8 @@ VOCAB = 400
 
 
 def row(tokens: tuple[int, ...] = (3, 4), prompt_length: int = 2, **params: Any) -> SamplingRow:
-    return SamplingRow(0, SamplingParams(**params), tokens, prompt_length, (1,))
+    position = len(tokens) - prompt_length
+    return SamplingRow(0, SamplingParams(**params), tokens, prompt_length, position, (1,))
 
 
 def draw(logits: Tensor, count: int, **params: Any) -> Counter[int]:

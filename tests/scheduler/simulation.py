@@ -15,7 +15,7 @@ from motet.errors import CapacityExceeded, InvalidRequest
 from motet.scheduler import fairness
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
 from motet.scheduler.sequence import SequenceState
-from motet.types import BASE, Chunk, KVGroup, Plan, Request, Sampled, SamplingParams, SeqOutput
+from motet.types import BASE, PENDING, Chunk, KVGroup, Plan, Request, Sampled, SamplingParams, SeqOutput
 
 VOCAB = 61
 EOS = 0
@@ -78,10 +78,15 @@ class Told:
 
 
 class Simulation:
-    """An engine around a scheduler: executes plans against the remembering pool and checks all it sees."""
+    """An engine around a scheduler: executes plans against the remembering pool and checks all it sees.
 
-    def __init__(self, config: SchedulerConfig, num_pages: int) -> None:
+    With `ahead` a plan is executed when the next one has been made, as an engine does that keeps its device busy.
+    """
+
+    def __init__(self, config: SchedulerConfig, num_pages: int, ahead: bool = False) -> None:
         self.config = config
+        self.ahead = ahead
+        self.flying: tuple[Plan, list[Sampled]] | None = None
         self.scheduler = Scheduler(config, num_pages)
         self.history = History()
         self.memory: list[list[object]] = [[None] * config.page_tokens for _ in range(num_pages)]
@@ -89,6 +94,7 @@ class Simulation:
         self.loading: dict[str, tuple[int, ...]] = {}
         self.told: dict[str, Told] = {}
         self.by_seq: dict[int, Told] = {}
+        self.chosen: dict[int, int] = {}  # by sequence: the token that the last plan chose
         self.passes: Counter[int] = Counter()
         self.now = 0.0
 
@@ -159,10 +165,20 @@ class Simulation:
         sampled = [
             Sampled(chunk.seq, token) for chunk in plan.chunks if (token := self.compute(chunk)) is not None
         ]
-        for output in self.scheduler.commit(plan, sampled, self.now):
-            self.take(output)
-        self.check_after(plan)
+        self.chosen = {sample.seq: sample.token_id for sample in sampled}
+        landing, self.flying = self.flying, (plan, sampled) if plan.chunks else None
+        waits = landing is None and not plan.chunks
+        self.land(landing)
+        if not self.ahead:
+            landing, self.flying = self.flying, None
+            self.land(landing)
+        self.check_after(waits)
         return plan
+
+    def land(self, flight: tuple[Plan, list[Sampled]] | None) -> None:
+        if flight is not None:
+            for output in self.scheduler.commit(*flight, self.now):
+                self.take(output)
 
     def write_adapter(self, digest: str, pages: tuple[int, ...]) -> None:
         for index, page in enumerate(pages):
@@ -173,23 +189,30 @@ class Simulation:
         end = chunk.start + len(chunk.tokens)
         assert told.finish is None
         assert chunk.adapter == told.request.adapter
-        assert list(chunk.tokens) == told.tokens[chunk.start : end]
-        assert chunk.sample == (end == len(told.tokens))
+        known, nodes = list(told.tokens), list(told.nodes)
+        if chunk.tokens[-1] == PENDING:
+            known.append(self.chosen[chunk.seq])
+            nodes.append(self.history.node(nodes[-1], known[-1]))
+        assert [*chunk.tokens[:-1], known[end - 1]] == known[chunk.start : end]
+        assert chunk.tokens[-1] in (known[end - 1], PENDING)
+        assert chunk.sample == (end == len(known))
         if chunk.adapter != BASE:
             for index, page in enumerate(self.table[chunk.adapter]):
                 assert set(self.memory[page]) == {(chunk.adapter, index)}, "an adapter in use was overwritten"
         for index, (group, table) in enumerate(zip(self.config.kv_groups, chunk.pages, strict=True)):
-            self.attend(chunk, told, index, first_read(group, chunk.start), table)
-        return History.next_token(told.nodes[-1]) if chunk.sample else None
+            self.attend(chunk, told, nodes, index, first_read(group, chunk.start), table)
+        return History.next_token(nodes[-1]) if chunk.sample else None
 
-    def attend(self, chunk: Chunk, told: Told, group: int, first: int, table: tuple[int, ...]) -> None:
+    def attend(
+        self, chunk: Chunk, told: Told, nodes: list[int], group: int, first: int, table: tuple[int, ...]
+    ) -> None:
         """Write the chunk's KV of one group, then read all that its queries read."""
         size = self.config.page_tokens
         end = chunk.start + len(chunk.tokens)
         for position in range(chunk.start, end):
-            self.memory[table[position // size]][position % size] = group, told.nodes[position]
+            self.memory[table[position // size]][position % size] = group, nodes[position]
         for position in range(first, end):
-            assert self.memory[table[position // size]][position % size] == (group, told.nodes[position])
+            assert self.memory[table[position // size]][position % size] == (group, nodes[position])
         for block, page in enumerate(table):
             assert (page == -1) == (block < first // size), (
                 "a page is missing, or one is kept that nobody reads"
@@ -237,14 +260,14 @@ class Simulation:
             self.passes[seq.id] += any(seniority > seq.seniority for seniority in given)
             assert self.passes[seq.id] < fairness.PATIENCE
 
-    def check_after(self, plan: Plan) -> None:
+    def check_after(self, waits: bool) -> None:
         self.scheduler.check_integrity()
         stats = self.scheduler.stats()
         assert stats.total_pages == (
             stats.free_pages + stats.kv_pages + stats.cached_pages + stats.adapter_pages
         )
         assert stats.running + stats.waiting == len(self.live)
-        if self.live and not plan.chunks:
+        if self.live and waits:
             assert self.loading, "nothing to compute, nothing under way, and yet requests wait"
 
     def drain(self) -> None:

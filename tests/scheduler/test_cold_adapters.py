@@ -116,10 +116,10 @@ def test_idle_adapters_and_cached_prefixes_leave_in_the_order_of_their_last_use(
     assert plan.evictions == ("x",)
     assert driver.scheduler.stats().cached_pages == 3
     driver.scheduler.abort("a")
-    driver.add("b", 21, max_tokens=1)
+    driver.add("b", 17, max_tokens=1)
     plan = driver.plan()
     assert plan.evictions == ()
-    assert driver.scheduler.stats().cached_pages == 3
+    assert driver.scheduler.stats().cached_pages == 4, "those of a, whose plan counts as executed"
     driver.commit(plan)
     driver.add("c", 46, max_tokens=1)
     assert driver.plan().evictions == ("y",)
@@ -157,11 +157,13 @@ def test_a_loading_adapter_is_not_taken_even_by_the_oldest() -> None:
     driver.add("old", 8, max_tokens=16)
     driver.step()
     driver.add("cold", 4, max_tokens=1, adapter="x")
-    assert len(driver.plan().loads) == 1
+    plan = driver.plan()
+    assert len(plan.loads) == 1
     for _ in range(20):
+        driver.commit(plan)
         plan = driver.plan()
         assert plan.evictions == ()
-        driver.commit(plan)
+    driver.commit(plan)
     assert driver.scheduler.stats().running == 0
     driver.scheduler.adapter_loaded("x")
     plan = driver.plan()
@@ -229,15 +231,16 @@ def test_a_younger_running_sequence_gives_way_to_an_adapter_that_an_older_one_wa
 
 def test_a_waiting_request_takes_an_adapter_that_a_younger_one_waits_for_only_when_it_starves() -> None:
     driver = Driver(num_pages=12)
-    driver.make_ready("x", 5)
-    driver.scheduler.register_adapter("y", 5)
-    driver.add("running", 8, max_tokens=30)
+    driver.make_ready("x", 4)
+    driver.scheduler.register_adapter("y", 4)
+    driver.add("running", 8, max_tokens=PATIENCE + 3)
     driver.step()
     driver.add("older", 4, max_tokens=1, adapter="y")
-    driver.add("younger", 24, max_tokens=1, adapter="x")
+    driver.add("younger", 28, max_tokens=1, adapter="x")
     for _ in range(PATIENCE):
         plan = driver.plan()
         assert (plan.evictions, plan.loads) == ((), ())
+        driver.commit(plan)
     plan = driver.plan()
     assert plan.evictions == ("x",)
     assert [load.digest for load in plan.loads] == ["y"]
@@ -255,8 +258,9 @@ def test_when_nothing_goes_on_the_oldest_may_take_what_the_young_wait_for() -> N
     assert plan.evictions == ("y",)
     assert [load.digest for load in plan.loads] == ["z"]
     driver.scheduler.adapter_loaded("z")
-    assert driver.plan().evictions == ("x",)
-    outputs = driver.finish()
+    plan = driver.plan()
+    assert plan.evictions == ("x",)
+    outputs = driver.commit(plan) + driver.finish()
     assert [output.request_id for output in outputs] == ["oldest", "older", "youngest"]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from motet.errors import CapacityExceeded, InvalidRequest
 from motet.scheduler.fairness import PATIENCE
-from motet.types import BASE, Plan, SeqOutput
+from motet.types import BASE, PENDING, Plan, SeqOutput
 from tests.scheduler.driver import EOS, Driver
 
 # Steps
@@ -90,14 +90,30 @@ def test_no_more_than_max_running_are_admitted() -> None:
     assert driver.rows(driver.plan()) == {"c": 2}
 
 
-def test_a_plan_that_is_never_committed_is_made_again() -> None:
+def test_the_next_plan_may_be_made_before_the_last_one_is_committed() -> None:
+    driver = Driver()
+    driver.add("a", 6, max_tokens=3)
+    driver.step(token=8)
+    driver.add("b", 3)
+    first, second = driver.plan(), driver.plan()
+    assert driver.chunk(first, "a").tokens == (8,)
+    assert driver.chunk(second, "a").tokens == driver.chunk(second, "b").tokens == (PENDING,)
+    assert (driver.chunk(second, "a").start, driver.chunk(second, "b").start) == (7, 3)
+    driver.commit(first, token=7)
+    third = driver.plan()
+    assert driver.rows(third) == {"b": 1}, "the second plan chooses the last token that a may have"
+    assert [output.finish for output in driver.commit(second, token=6)] == ["length", None]
+    assert driver.scheduler.sequence(1).tokens[-2:] == [7, 6]
+
+
+def test_who_ended_in_the_last_plan_has_a_row_in_vain_in_the_next() -> None:
     driver = Driver()
     driver.add("a", 6)
-    driver.step()
-    driver.add("b", 3)
-    lost = driver.plan()
-    again = driver.plan()
-    assert driver.rows(again) == driver.rows(lost) == {"a": 1, "b": 3}
+    first, second = driver.plan(), driver.plan()
+    (output,) = driver.commit(first, token=EOS)
+    assert output.finish == "stop"
+    assert driver.commit(second) == []
+    assert not driver.scheduler.has_work
 
 
 # Ends

@@ -87,14 +87,17 @@ def admit_without_headroom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockTables, "to_come", lambda *_: 0)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(200))
-def test_random_traffic_is_served_correctly_to_the_end(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_traffic_is_served_correctly_to_the_end(
+    seed: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(seed)
     monkeypatch.setattr(fairness, "PATIENCE", rng.choice([1, 2, 4, fairness.PATIENCE]))
     if rng.random() < 0.3:
         admit_without_headroom(monkeypatch)
     config, num_pages = draw_config(rng)
-    sim = Simulation(config, num_pages)
+    sim = Simulation(config, num_pages, ahead)
     sizes = {f"adapter-{i}": rng.choice([1, 2, 3, 5, 8]) for i in range(rng.choice([1, 4, 12]))}
     for digest, size in sizes.items():
         sim.scheduler.register_adapter(digest, size)
@@ -113,9 +116,10 @@ def test_random_traffic_is_served_correctly_to_the_end(seed: int, monkeypatch: p
     sim.drain()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(70))
 def test_long_prompts_get_through_a_pool_for_hardly_more_than_one(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
     admit_without_headroom(monkeypatch)
@@ -129,7 +133,7 @@ def test_long_prompts_get_through_a_pool_for_hardly_more_than_one(
         eos_token_ids=(EOS,),
     )
     layout = KVLayout(config.kv_groups, config.page_tokens, config.max_step_tokens)
-    sim = Simulation(config, layout.most_pages(70) + rng.choice([0, 1, 5]))
+    sim = Simulation(config, layout.most_pages(70) + rng.choice([0, 1, 5]), ahead)
     stems = [tuple(rng.randrange(VOCAB) for _ in range(50)) for _ in range(2)]
     for _ in range(150):
         if rng.random() < 0.3 and len(sim.live) < 12:
@@ -156,6 +160,7 @@ class Machine(RuleBasedStateMachine):
         max_step_tokens=st.sampled_from([1, 4, 16]),
         max_running=st.integers(1, 5),
         prefix_caching=st.booleans(),
+        ahead=st.booleans(),
     )
     def begin(
         self,
@@ -165,6 +170,7 @@ class Machine(RuleBasedStateMachine):
         max_step_tokens: int,
         max_running: int,
         prefix_caching: bool,
+        ahead: bool,
     ) -> None:
         config = SchedulerConfig(
             kv_groups=tuple(groups),
@@ -175,7 +181,7 @@ class Machine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
             eos_token_ids=(EOS,),
         )
-        self.sim = Simulation(config, num_pages)
+        self.sim = Simulation(config, num_pages, ahead)
         for digest, size in self.sizes.items():
             self.sim.scheduler.register_adapter(digest, size)
 

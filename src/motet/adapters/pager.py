@@ -1,7 +1,8 @@
 """Copies adapters from their packed images into the pool, beside the step loop.
 
 A copy fills pages that nothing else owns, so it needs no lock against the running step; numpy copies them with the
-GIL released. Finished loads are collected by the loop between two steps.
+GIL released. On a GPU it begins when the steps launched before it have ended, which may still read what was there.
+Finished loads are collected by the loop between two steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from motet.adapters.image import ChunkTable, open_image
 from motet.errors import MotetError
-from motet.memory.pool import Pool
+from motet.memory.pool import Mark, Pool
 from motet.types import Load
 
 
@@ -37,7 +38,7 @@ class Pager:
         self._pool = pool
         self._on_finished = on_finished
         self._under_way = 0
-        self._todo: queue.SimpleQueue[tuple[Load, Path] | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[tuple[Load, Path, Mark] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="motet-pager", daemon=True)
         self._thread.start()
@@ -45,7 +46,7 @@ class Pager:
     def start(self, load: Load, image: Path) -> None:
         """Queue a copy; returns at once."""
         self._under_way += 1
-        self._todo.put((load, image))
+        self._todo.put((load, image, self._pool.mark()))
 
     def finished(self) -> list[LoadResult]:
         """Loads that ended since the last call."""
@@ -67,21 +68,21 @@ class Pager:
 
     def _run(self) -> None:
         while (job := self._todo.get()) is not None:
-            load, path = job
+            load, path, launched = job
             began = time.monotonic()
             chunks, error = None, None
             try:
-                chunks = self._copy(load, path)
+                chunks = self._copy(load, path, launched)
             except (MotetError, OSError, ValueError) as failure:
                 error = f"adapter {load.digest[:12]} could not be loaded: {failure}"
             self._done.put(LoadResult(load, chunks, error, time.monotonic() - began))
             self._on_finished()
 
-    def _copy(self, load: Load, path: Path) -> ChunkTable:
+    def _copy(self, load: Load, path: Path, launched: Mark) -> ChunkTable:
         image = open_image(path)
         if image.digest != load.digest:
             raise ValueError(f"{path} holds {image.digest}")
         if image.num_pages != len(load.pages) or image.page_bytes != self._pool.page_bytes:
             raise ValueError(f"{path} was packed for another page size or has changed")
-        self._pool.fill(load.pages, image.pages)
+        self._pool.fill(load.pages, image.pages, launched)
         return image.chunks

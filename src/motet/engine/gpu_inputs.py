@@ -2,7 +2,7 @@
 
 Rows are ordered by adapter slot, the base first, so that each adapter's rows are one run. A step of single tokens has a
 row count from BUCKETS, the rest is padding, and lives in tensors that never move: that is what graphs are captured on.
-Any other step gets tensors of its own.
+Any other step gets tensors of its own. A token that the step before is still choosing is looked up on the device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from motet.adapters.gpu_table import GpuTable
 from motet.engine.inputs import kv_slots
@@ -24,10 +25,11 @@ from motet.kernels.gpu.attention import (
     prefill_rows,
     prefill_tiles,
 )
+from motet.kernels.gpu.embed import stand_in
 from motet.kernels.gpu.lora import LoraTiles, row_tiles
 from motet.layers.gpu import GpuBatch, GpuKV, GpuLora
 from motet.memory.pool import Pool
-from motet.types import Chunk, Plan
+from motet.types import PENDING, Chunk, Plan
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_RANK_BLOCKS = 512 // lora.RANKS
@@ -76,7 +78,11 @@ def fields(shape: StepShape, groups: int) -> dict[str, Field]:
 
 
 class StepBuilder:
-    """Makes the batches of plans for one model, pool and table."""
+    """Makes the batches of plans for one model, pool and table.
+
+    `drawn` [2, rows] is where the sampler leaves the tokens of a step (and their logprobs), `places` says which
+    sequence's token is where.
+    """
 
     def __init__(
         self, pool: Pool, table: GpuTable, max_model_len: int, num_heads: int, max_decode: int
@@ -91,6 +97,8 @@ class StepBuilder:
         self.workspace = DecodeWorkspace.empty(
             max_decode, num_heads, spec.num_kv_heads, spec.head_dim, self.device
         )
+        self.drawn = torch.zeros(2, max_decode, dtype=INT, device=self.device)
+        self.places: dict[int, int] = {}
         self.rare = frozenset(
             i for i, site in enumerate(spec.sites) if site.module in ("embed", "head", "router")
         )
@@ -98,7 +106,18 @@ class StepBuilder:
     def captured(self, rows: int) -> Staging:
         """The tensors of steps of at most `rows` single tokens."""
         shape = StepShape(rows, rows, rows, 0, 0, rows, self.max_pages)
-        return Staging(fields(shape, len(self.groups)), self.device)
+        return Staging(fields(shape, len(self.groups)), self.device, sides=2)
+
+    def tokens(self, chunks: Sequence[Chunk]) -> NDArray[np.int32]:
+        """The tokens of all rows, with stand-ins for those that are not known yet."""
+        return np.array(
+            [
+                stand_in(self.places[chunk.seq]) if token == PENDING else token
+                for chunk in chunks
+                for token in chunk.tokens
+            ],
+            np.int32,
+        )
 
     def ordered(self, plan: Plan) -> list[Chunk]:
         """The chunks by adapter slot; this is the order of rows."""
@@ -116,7 +135,7 @@ class StepBuilder:
         starts = np.array([chunk.start for chunk in chunks], np.int32)
         slots = np.full(size, -1, np.int32)
         slots[:count] = [self.table.slot(chunk.adapter) for chunk in chunks]
-        host["tokens"][:count] = [chunk.tokens[0] for chunk in chunks]
+        host["tokens"][:count] = self.tokens(chunks)
         host["tokens"][count:] = 0
         host["positions"][:count], host["positions"][count:] = starts, 0
         host["rows"][:] = count
@@ -150,7 +169,7 @@ class StepBuilder:
         )  # fmt: skip
         return GpuBatch(
             on["tokens"], on["positions"], groups, self.pool.kv, on["logit_rows"], on["rows"],
-            adapters if with_lora else None, self.workspace, pdl,
+            adapters if with_lora else None, self.drawn[0], self.workspace, pdl,
         )  # fmt: skip
 
     def batch(self, chunks: Sequence[Chunk], pdl: bool) -> GpuBatch:
@@ -177,7 +196,7 @@ class StepBuilder:
         positions = np.concatenate(
             [np.arange(c.start, c.start + len(c.tokens), dtype=np.int32) for c in chunks]
         )
-        host["tokens"][:] = np.concatenate([np.asarray(chunk.tokens, np.int32) for chunk in chunks])
+        host["tokens"][:] = self.tokens(chunks)
         host["positions"][:] = positions
         host["rows"][:] = total
         host["logit_rows"][:] = ends[sampled] - 1
@@ -215,6 +234,7 @@ class StepBuilder:
             on["logit_rows"],
             on["rows"],
             adapters,
+            self.drawn[0],
             self.workspace,
             pdl,
         )

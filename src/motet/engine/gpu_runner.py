@@ -1,4 +1,8 @@
-"""Executes plans on a GPU: graphs for steps of single tokens, anything else launch by launch."""
+"""Executes plans on a GPU: graphs for steps of single tokens, anything else launch by launch.
+
+Nothing here waits for the device: a step's inputs are prepared while the one before runs, and its tokens go from one to
+the other on the device.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from motet.adapters.gpu_table import GpuTable
 from motet.adapters.image import ChunkTable
 from motet.engine.gpu_inputs import BUCKETS, StepBuilder, bucket
 from motet.engine.gpu_sampler import GpuSampler
-from motet.engine.sampler import SamplingRow
+from motet.engine.sampler import Draw, Drawn, SamplingRow
 from motet.engine.staging import Staging
 from motet.layers.decoder import Decoder
 from motet.memory.pool import Pool
-from motet.types import Chunk, Plan, Sampled
+from motet.types import Chunk, Plan
 
 WARM_UP = "warm-up"
 """The digest of an adapter without weights."""
@@ -48,21 +52,25 @@ class GpuRunner:
         self._staging: dict[int, Staging] = {}
         self._graphs: dict[tuple[int, bool, frozenset[int]], _Graph] = {}
         self._memory: Any = None  # shared by all graphs: one runs at a time
-        self._sampler = GpuSampler(decode_rows, pool.data.device)
+        self._sampler = GpuSampler(self._builder.drawn)
         self._pdl = pdl
 
     @torch.inference_mode()
-    def execute(self, plan: Plan, row: Callable[[int], SamplingRow]) -> list[Sampled]:
-        """Compute the plan's chunks and sample for those that ask; `row(seq)` gives a sequence's sampling state."""
+    def launch(self, plan: Plan, row: Callable[[int], SamplingRow]) -> Draw:
+        """Begin to compute the plan's chunks, behind what the device has to do, and to sample for those that ask.
+
+        `row(seq)` gives a sequence's sampling state. Plans must come in the order in which they were made.
+        """
         for digest in plan.evictions:
             if digest in self.table:
                 self.table.remove(digest)
         if not plan.chunks:
-            return []
+            return Drawn([])
         chunks = self._builder.ordered(plan)
         logits = self._logits(chunks)
         rows = [row(chunk.seq) for chunk in chunks if chunk.sample]
-        return self._sampler.sample(logits[: len(rows)], rows)
+        self._builder.places = {row.seq: place for place, row in enumerate(rows)}
+        return self._sampler.draw(logits[: len(rows)], rows)
 
     def _logits(self, chunks: Sequence[Chunk]) -> Tensor:
         size = bucket(len(chunks))

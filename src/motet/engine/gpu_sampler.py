@@ -6,6 +6,7 @@ Which of the two a row takes follows from its own parameters alone, so the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,29 +20,66 @@ from motet.types import Sampled, TokenLogprob
 _FLOATS, _INTS = ("temperature", "top_p", "min_p"), ("position", "top_k")
 
 
-class GpuSampler:
-    """Parameters of up to `rows` rows on their way to the device, tokens on their way back."""
+@dataclass(frozen=True)
+class GpuDraw:
+    """Tokens on their way to the host: `found` [2, S or more] int32, tokens and the bits of logprobs, once `done`.
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    `others` are the places of rows that the host must sample, `logits` theirs.
+    """
+
+    rows: Sequence[SamplingRow]
+    found: Tensor
+    others: Sequence[int]
+    logits: Tensor
+    done: torch.cuda.Event
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next step may be launched before the result is known."""
+        return not self.others
+
+    def result(self) -> list[Sampled]:
+        """Wait for the device; one token per row."""
+        self.done.synchronize()
+        found = self.found[:, : len(self.rows)]
+        tokens, logprobs = found[0].tolist(), found[1].view(torch.float32).tolist()
+        chosen = [
+            Sampled(row.seq, token, None if row.params.logprobs is None else TokenLogprob(token, logprob))
+            for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True)
+        ]
+        if self.others:
+            theirs = sample(self.logits.float(), [self.rows[i] for i in self.others])
+            for place, sampled in zip(self.others, theirs, strict=True):
+                chosen[place] = sampled
+        return chosen
+
+
+class GpuSampler:
+    """Samples up to R rows into `drawn` [2, R] int32 on the device: tokens, and the bits of their logprobs."""
+
+    def __init__(self, drawn: Tensor) -> None:
+        rows, device = drawn.shape[1], drawn.device
         layout = {name: Field(torch.float32, (rows,)) for name in _FLOATS}
         layout |= {name: Field(torch.int32, (rows,)) for name in _INTS} | {
             "seed": Field(torch.int64, (rows,))
         }
-        self._staging = Staging(layout, device)
-        self._tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._logprobs = torch.zeros(rows, pin_memory=device.type == "cuda")
+        self._staging = Staging(layout, device, sides=2)
+        self._drawn = drawn
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
-        """logits [S, V], one row per entry of `rows`."""
-        host = [i for i, row in enumerate(rows) if not _simple(row)]
-        chosen = self._on_device(logits, rows)
-        if host:
-            theirs = sample(logits[host].float().cpu(), [rows[i] for i in host])
-            for i, sampled in zip(host, theirs, strict=True):
-                chosen[i] = sampled
-        return chosen
+    def draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> GpuDraw:
+        """logits [S, V], one row per entry of `rows`; returns while the device still works."""
+        self._on_device(logits, rows)
+        others = [i for i, row in enumerate(rows) if not _simple(row)]
+        found = torch.empty(self._drawn.shape, dtype=torch.int32, pin_memory=True)
+        found.copy_(self._drawn, non_blocking=True)
+        theirs = torch.empty(len(others), logits.shape[1], dtype=logits.dtype, pin_memory=bool(others))
+        if others:
+            theirs.copy_(logits[others], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return GpuDraw(rows, found, others, theirs, done)
 
-    def _on_device(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+    def _on_device(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
         count, host = len(rows), self._staging.host
         params = [row.params for row in rows]
         for name in (*_FLOATS, "top_k"):
@@ -54,15 +92,8 @@ class GpuSampler:
         tensors = SamplingTensors(
             *(on[name][:count] for name in ("temperature", "seed", "position", "top_k", "top_p", "min_p"))
         )
-        tokens, logprobs = sample_on_device(logits, tensors, truncate)
-        self._tokens[:count].copy_(tokens, non_blocking=True)
-        self._logprobs[:count].copy_(logprobs, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        found = zip(rows, self._tokens[:count].tolist(), self._logprobs[:count].tolist(), strict=True)
-        return [
-            Sampled(row.seq, token, None if row.params.logprobs is None else TokenLogprob(token, logprob))
-            for row, token, logprob in found
-        ]
+        tokens, logprobs = self._drawn[:, :count]
+        sample_on_device(logits, tensors, truncate, (tokens, logprobs.view(torch.float32)))
 
 
 def _simple(row: SamplingRow) -> bool:

@@ -1,9 +1,13 @@
-"""The engine: one device's loop. A step is one sentence: collect loads, schedule, execute, commit."""
+"""The engine: one device's loop. A step is one sentence: collect loads, schedule, launch, land.
+
+On a GPU the step that lands is the one before, so that the device always has the next one to go on with.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -14,13 +18,21 @@ from motet.adapters.pager import Pager
 from motet.config import EngineConfig
 from motet.engine.device import has_gpu, make_pool, make_runner, resolve, weights_device
 from motet.engine.probe import probe_adapter
-from motet.engine.sampler import SamplingRow
+from motet.engine.sampler import Draw, SamplingRow
 from motet.errors import ConfigError, MotetError
 from motet.models.registry import load_model, load_spec, locate, return_freed_memory
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
-from motet.types import EngineStats, ModelSpec, Plan, Request, Sampled, SeqOutput
+from motet.types import EngineStats, ModelSpec, Plan, Request, SeqOutput
 
 Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step under way."""
+
+    plan: Plan
+    draw: Draw
 
 
 class Engine:
@@ -77,20 +89,27 @@ class Engine:
         self._steps = 0
         self._loads = 0
         self._load_seconds = 0.0
+        self._flight: _Flight | None = None
         self._stalled = False
         progress("ready", 1.0)
 
     def step(self) -> list[SeqOutput]:
         """One step of the loop; outputs of every sequence that got a token or ended."""
-        ended = self._collect_loads()
+        outputs = self._collect_loads()
         plan = self.scheduler.schedule(time.monotonic())
-        sampled = self._execute(plan)
-        return ended + self.scheduler.commit(plan, sampled, time.monotonic())
+        before = self._flight
+        self._flight = self._launch(plan)
+        outputs += self._land(before)
+        if self._flight is not None and not self._flight.draw.overlaps:
+            now, self._flight = self._flight, None
+            outputs += self._land(now)
+        self._stalled = not plan.chunks and before is None
+        return outputs
 
     @property
     def has_work(self) -> bool:
         """Whether a step could make progress now or once a load ends."""
-        return self.scheduler.has_work or self.pager.busy
+        return self.scheduler.has_work or self.pager.busy or self._flight is not None
 
     @property
     def must_wait(self) -> bool:
@@ -139,13 +158,17 @@ class Engine:
         """End the pager's thread."""
         self.pager.close()
 
-    def _execute(self, plan: Plan) -> list[Sampled]:
+    def _launch(self, plan: Plan) -> _Flight | None:
         for load in plan.loads:
             self.pager.start(load, self._images[load.digest])
-        sampled = self.runner.execute(plan, self._sampling_row)
+        draw = self.runner.launch(plan, self._sampling_row)
         self._steps += bool(plan.chunks)
-        self._stalled = not plan.chunks
-        return sampled
+        return _Flight(plan, draw) if plan.chunks else None
+
+    def _land(self, flight: _Flight | None) -> list[SeqOutput]:
+        if flight is None:
+            return []
+        return self.scheduler.commit(flight.plan, flight.draw.result(), time.monotonic())
 
     def _collect_loads(self) -> list[SeqOutput]:
         outputs: list[SeqOutput] = []
@@ -162,7 +185,8 @@ class Engine:
     def _sampling_row(self, seq: int) -> SamplingRow:
         sequence = self.scheduler.sequence(seq)
         request = sequence.request
-        return SamplingRow(seq, request.params, sequence.tokens, len(request.prompt), self.spec.eos_token_ids)
+        eos = self.spec.eos_token_ids
+        return SamplingRow(seq, request.params, sequence.tokens, len(request.prompt), sequence.position, eos)
 
 
 def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -9,13 +9,13 @@ import torch
 
 from motet.adapters.table import AdapterTable
 from motet.engine.inputs import build_inputs
-from motet.engine.sampler import SamplingRow, sample
+from motet.engine.sampler import Drawn, SamplingRow, sample
 from motet.kernels.attention import AttentionBatch
 from motet.kernels.lora import BFLOAT16, FLOAT32, LONG_SEGMENT, LoraTable, Segment, split_rows
 from motet.layers.cpu import CpuBatch, KVBatch, LoraBatch
 from motet.layers.decoder import Decoder
 from motet.memory.pool import Pool
-from motet.types import Chunk, Plan, Sampled
+from motet.types import Chunk, Plan
 
 
 class Runner:
@@ -27,16 +27,16 @@ class Runner:
         self.table = AdapterTable(len(pool.spec.sites), pool.flat, pool.page_bytes)
 
     @torch.inference_mode()
-    def execute(self, plan: Plan, row: Callable[[int], SamplingRow]) -> list[Sampled]:
+    def launch(self, plan: Plan, row: Callable[[int], SamplingRow]) -> Drawn:
         """Compute the plan's chunks and sample for those that ask; `row(seq)` gives a sequence's sampling state."""
         for digest in plan.evictions:
             if digest in self.table:
                 self.table.remove(digest)
         if not plan.chunks:
-            return []
+            return Drawn([])
         inputs = build_inputs(plan, self.pool, self.table)
         logits = self.decoder(inputs.batch)
-        return sample(logits, [row(seq) for seq in inputs.sampled])
+        return Drawn(sample(logits, [row(seq) for seq in inputs.sampled]))
 
     @torch.inference_mode()
     def warm_up(self) -> None:

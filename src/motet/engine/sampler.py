@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +22,17 @@ NUCLEUS_FIRST_LOOK = 256
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """What one row needs beside its logits: the request's parameters, and all tokens so far, prompt first."""
+    """What one row needs beside its logits: the request's parameters, and all tokens so far, prompt first.
+
+    `position` is how many tokens were generated before this one. A row that overlaps with the step before knows no more
+    of that one's token.
+    """
 
     seq: int
     params: SamplingParams
     tokens: Sequence[int]
     prompt_length: int
+    position: int
     eos: Sequence[int]
 
     @property
@@ -37,10 +43,27 @@ class SamplingRow:
     def output(self) -> Sequence[int]:
         return self.tokens[self.prompt_length :]
 
+
+class Draw(Protocol):
+    """What a launched step is choosing."""
+
     @property
-    def position(self) -> int:
-        """How many tokens were generated before this one."""
-        return len(self.tokens) - self.prompt_length
+    def overlaps(self) -> bool:
+        """Whether the next step may be launched before the result is known."""
+
+    def result(self) -> list[Sampled]:
+        """Wait for the step; one token per row."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step has chosen that has run already."""
+
+    sampled: list[Sampled]
+    overlaps: bool = False
+
+    def result(self) -> list[Sampled]:
+        return self.sampled
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:

@@ -23,7 +23,7 @@ from motet.kernels.gpu.attention import (
     prefill_attention,
 )
 from motet.kernels.gpu.combine import Normed, combine
-from motet.kernels.gpu.embed import lora_embed
+from motet.kernels.gpu.embed import known_tokens, lora_embed
 from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
 from motet.kernels.gpu.lora import LoraConfig, LoraTiles, RankBlocks
 from motet.kernels.gpu.moe import ExpertWeights, product, product_config, tile_rows
@@ -87,7 +87,8 @@ class GpuKV:
 @dataclass(frozen=True)
 class GpuBatch:
     """tokens, positions [T] int32, a GpuKV for each KV group, logit_rows [S] int64, `rows` [1] int32 how many of the T
-    rows are real. `lora` None: no row carries an adapter, no LoRA kernel is launched."""
+    rows are real. Tokens may stand for what the step before left in `chosen` (`known_tokens`). `lora` None: no row
+    carries an adapter, no LoRA kernel is launched."""
 
     tokens: Tensor
     positions: Tensor
@@ -96,13 +97,15 @@ class GpuBatch:
     logit_rows: Tensor
     rows: Tensor
     lora: GpuLora | None
+    chosen: Tensor
     workspace: DecodeWorkspace
     pdl: bool = False
 
     def embed(self, table: Tensor, site: int) -> Tensor:
-        x = torch.nn.functional.embedding(self.tokens, table)
+        tokens = known_tokens(self.tokens, self.chosen)
+        x = torch.nn.functional.embedding(tokens, table)
         if self.lora is not None and site not in self.lora.idle:
-            lora_embed(x, self.tokens, len(table), self.lora.table, site, self.lora.slots)
+            lora_embed(x, tokens, len(table), self.lora.table, site, self.lora.slots)
         return x
 
     def norm(

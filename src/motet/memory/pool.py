@@ -22,6 +22,8 @@ STAGED_PAGES = 64
 """Pages on their way to a GPU at a time."""
 
 
+Mark = torch.cuda.Event | None
+
 KV_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 """What keys and values are kept in, by device."""
 
@@ -68,14 +70,27 @@ class Pool:
         # Written once, so that memory which is not there fails now and not in the middle of a request.
         self.data = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8, device=device).fill_(0)
 
-    def fill(self, pages: Sequence[int], content: NDArray[np.uint8]) -> None:
-        """Write `content` [n, page_bytes] into these pages. On a GPU: beside its steps, complete when this returns."""
+    def mark(self) -> Mark:
+        """The end of what the device has been given to do so far; None where it is done when it returns."""
+        if self.data.device.type == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def fill(self, pages: Sequence[int], content: NDArray[np.uint8], after: Mark = None) -> None:
+        """Write `content` [n, page_bytes] into these pages. On a GPU: beside its steps, complete when this returns.
+
+        `after` is the last step that may still use what was in them.
+        """
         if self.data.device.type == "cpu":
             target = self.data.numpy()
             for page, source in zip(pages, content, strict=True):
                 target[page] = source
             return
         stream = torch.cuda.Stream()
+        if after is not None:
+            stream.wait_event(after)
         staged = torch.empty(
             min(len(pages), STAGED_PAGES), self.page_bytes, dtype=torch.uint8, pin_memory=True
         )

@@ -28,11 +28,11 @@ from motet.errors import AdapterLoadFailed, InvalidRequest
 from motet.memory.pages import PageAllocator
 from motet.memory.prefix import PrefixIndex, extend_keys
 from motet.scheduler.admission import check_capacity, check_length, choose_victims
-from motet.scheduler.blocks import BlockTables, KVLayout, Tables
+from motet.scheduler.blocks import GONE, BlockTables, KVLayout, Tables
 from motet.scheduler.fairness import WaitingQueue, by_seniority, position
 from motet.scheduler.sequence import SequenceState
 from motet.scheduler.step import Step
-from motet.types import BASE, EngineStats, KVGroup, Plan, Request, Sampled, SeqOutput
+from motet.types import BASE, Chunk, EngineStats, KVGroup, Plan, Request, Sampled, SeqOutput
 
 LOOKAHEAD = 32  # requests that may lack pages before `schedule` stops asking; bounds its time in a long queue
 
@@ -51,11 +51,14 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """Requests in, plans out, results in, outputs out. Calls alternate: `schedule`, execute, `commit`.
+    """Requests in, plans out, results in, outputs out: `schedule`, execute, `commit`, each plan in its turn.
 
-    `abort`, `adapter_loaded` and `adapter_failed` are called between steps, never while a plan is being
-    executed. An empty plan while requests wait means that an adapter is being loaded: only its end, or a new
-    request, gives something to do.
+    The next plan may be asked for while the last one is being executed, before its commit: its tokens chosen there
+    are PENDING. So a plan counts as executed once it is given out, and those who execute must do so in order: what a
+    plan frees may be given away by the next. A sequence that turns out to have ended has a row in that plan in vain.
+
+    An empty plan while requests wait, with nothing to commit, means that an adapter is being loaded: only its end, or
+    a new request, gives something to do.
     """
 
     def __init__(self, config: SchedulerConfig, num_pages: int) -> None:
@@ -157,31 +160,44 @@ class Scheduler:
         step = Step(self._config.max_step_tokens)
         self._serve_running(step)
         self._serve_waiting(step)
-        return step.plan(evictions=self._residency.take_dropped())
+        plan = step.plan(evictions=self._residency.take_dropped())
+        for chunk in plan.chunks:
+            self._advance(self._by_id[chunk.seq], chunk)
+        return plan
 
     def commit(self, plan: Plan, sampled: Sequence[Sampled], now: float) -> list[SeqOutput]:
         """Take the results of an executed plan: one sampled token for each of its chunks with `sample`."""
         self._now = now
         self._steps += bool(plan.chunks)
-        chosen = {sample.seq: sample for sample in sampled}
         outputs: list[SeqOutput] = []
-        for chunk in plan.chunks:
-            seq = self._by_id[chunk.seq]
-            seq.computed = chunk.start + len(chunk.tokens)
+        for sample in sampled:
+            seq = self._by_id.get(sample.seq)
+            if seq is None:
+                continue
+            outputs.append(seq.append(sample, self._config.eos_token_ids))
             self._index_full_blocks(seq)
-            if unread := seq.blocks.drop_unread(seq.computed):
-                self._prefix.release(unread, now)
-            if chunk.sample:
-                outputs.append(seq.append(chosen[chunk.seq], self._config.eos_token_ids))
-                if outputs[-1].finish is not None:
-                    self._leave(seq)
+            if outputs[-1].finish is not None:
+                self._leave(seq)
         return outputs
+
+    def _advance(self, seq: SequenceState, chunk: Chunk) -> None:
+        """Count a planned chunk as computed."""
+        seq.computed = chunk.start + len(chunk.tokens)
+        seq.pending += chunk.sample
+        self._index_full_blocks(seq)
+        if unread := seq.blocks.drop_unread(seq.computed):
+            self._prefix.release(unread, self._now)
 
     def _serve_running(self, step: Step) -> None:
         """A row for each sequence past its prompt, then what rows are left to prompts; the oldest first."""
         for prefill in (False, True):
             for seq in tuple(self._running):
-                if step.budget > 0 and seq.is_running and (seq.remaining > 1) == prefill:
+                if (
+                    step.budget > 0
+                    and seq.is_running
+                    and (seq.remaining > 1) == prefill
+                    and not seq.is_complete
+                ):
                     self._continue(seq, step)
 
     def _serve_waiting(self, step: Step) -> None:
@@ -191,6 +207,8 @@ class Scheduler:
         step.headroom = sum(seq.headroom for seq in self._running)
         lacking = 0
         for seq in self._waiting.in_turn(self._residency, admitting=self._has_place(step)):
+            if seq.pending:  # preempted a moment ago; its last token is not known yet
+                continue
             if not self._residency.is_ready(seq.adapter):
                 served = self._begin_load(seq, step)
             elif self._has_place(step):
@@ -258,7 +276,7 @@ class Scheduler:
 
         If there is no page for even one, the youngest give way until there is, or until that is `seq` itself.
         """
-        known = len(seq.tokens)
+        known = seq.length
         end = min(known, seq.computed + step.budget)
         while lacking := seq.blocks.lacking(known, end):
             victims = self._find_room(lacking, seq)
@@ -286,7 +304,7 @@ class Scheduler:
 
     def _affordable_end(self, seq: SequenceState, end: int) -> int:
         """The last block boundary before `end` up to which `seq` can take pages."""
-        known, size = len(seq.tokens), self._config.page_tokens
+        known, size = seq.length, self._config.page_tokens
         available = self._pages.free + sum(victim.num_pages for victim in self._victims(seq, ()))
         while end > seq.computed and seq.blocks.lacking(known, end) > available:
             end = (end - 1) // size * size
@@ -337,13 +355,14 @@ class Scheduler:
 
     def _index_full_blocks(self, seq: SequenceState) -> None:
         page_tokens = self._config.page_tokens
-        full = seq.computed // page_tokens
-        if full == seq.indexed or not self._config.prefix_caching:
+        full = min(seq.computed, len(seq.tokens)) // page_tokens
+        if full <= seq.indexed or not self._config.prefix_caching:
             return
         extend_keys(seq.keys, seq.adapter, seq.tokens, page_tokens)
         for group, table in enumerate(seq.blocks.tables):
             for block in range(seq.indexed, full):
-                self._prefix.insert(seq.keys[block], group, table[block])
+                if table[block] != GONE:  # given back before its last token was known
+                    self._prefix.insert(seq.keys[block], group, table[block])
         seq.indexed = full
 
     # What an observer sees
@@ -385,7 +404,7 @@ class Scheduler:
         claims = Counter(seq.adapter for seq in self._by_request.values())
         self._residency.check_counts(pins, claims)
         for seq in self._running:
-            assert seq.computed < len(seq.tokens)
-            seq.blocks.check_integrity(seq.computed, len(seq.tokens), seq.max_blocks)
+            assert seq.computed < seq.length
+            seq.blocks.check_integrity(seq.computed, seq.length, seq.max_blocks)
             assert len(seq.blocks.pages()) <= seq.max_pages
         assert not any(seq.is_running or seq.computed for seq in self._waiting)

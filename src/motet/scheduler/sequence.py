@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 from motet.scheduler.admission import longest_kv, pages_for
 from motet.scheduler.blocks import BlockTables, KVLayout
-from motet.types import Chunk, FinishReason, Request, Sampled, SeqOutput
+from motet.types import PENDING, Chunk, FinishReason, Request, Sampled, SeqOutput
 
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
     """One request from `add` to its terminal output.
 
-    `tokens` are all known tokens, prompt and generated; `computed` of them have their KV in the pages of
-    `blocks`, which has none while the sequence waits. `keys` are the prefix keys of its full blocks as far as
+    `tokens` are all known tokens, prompt and generated, and `pending` more are being chosen by steps whose results
+    are not in yet. `computed` of all of these have their KV in the pages of `blocks`, or will have it once the steps
+    planned so far have run; a waiting sequence has no pages. `keys` are the prefix keys of its full blocks as far as
     they have been hashed, the first `indexed` of which the prefix index has seen in these pages. `max_blocks`
     is the longest that a block table can become, `max_pages` how many pages it can ever have at a time.
     `cached_tokens` is what its first admission found in the prefix index, `admitted` says that it has been.
@@ -28,6 +29,7 @@ class SequenceState:
     blocks: BlockTables
     max_blocks: int
     max_pages: int
+    pending: int = 0
     computed: int = 0
     keys: list[bytes] = field(default_factory=list)
     indexed: int = 0
@@ -61,43 +63,56 @@ class SequenceState:
         return bool(self.blocks.tables[0])
 
     @property
-    def remaining(self) -> int:
-        """Known tokens still to compute; 1 once the sequence is past its prompt."""
-        return len(self.tokens) - self.computed
+    def length(self) -> int:
+        """Tokens of it, known or pending."""
+        return len(self.tokens) + self.pending
 
     @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+    def remaining(self) -> int:
+        """Tokens still to compute; 1 once the sequence is past its prompt."""
+        return self.length - self.computed
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all the tokens that it may have, so that there is nothing to compute."""
+        return self.length - len(self.request.prompt) >= self.request.params.max_tokens
+
+    @property
+    def position(self) -> int:
+        """How many tokens were generated before the one that the last plan chooses."""
+        return self.length - len(self.request.prompt) - 1
 
     @property
     def headroom(self) -> int:
         """Pages that it may soon ask for: those of its prompt, and one per group that may grow past it."""
-        return self.blocks.to_come(len(self.tokens), self.computed) + self.blocks.may_grow(self.max_blocks)
+        return self.blocks.to_come(self.length, self.computed) + self.blocks.may_grow(self.max_blocks)
 
     def chunk(self, end: int) -> Chunk:
         """The next tokens to compute, those before `end`."""
+        unknown = max(0, end - len(self.tokens))
         return Chunk(
             seq=self.id,
-            tokens=tuple(self.tokens[self.computed : end]),
+            tokens=(*self.tokens[self.computed : end], *(PENDING,) * unknown),
             start=self.computed,
             pages=self.blocks.tables,
             adapter=self.request.adapter,
-            sample=end == len(self.tokens),
+            sample=end == self.length,
         )
 
     def append(self, sample: Sampled, eos_token_ids: Container[int]) -> SeqOutput:
-        """Add a sampled token and say what the request gets of it."""
+        """A pending token is known: say what the request gets of it."""
         self.tokens.append(sample.token_id)
-        first = self.generated == 1
+        self.pending -= 1
+        generated = len(self.tokens) - len(self.request.prompt)
         return SeqOutput(
             self.request.id,
             token_ids=(sample.token_id,),
             logprobs=() if sample.logprob is None else (sample.logprob,),
-            finish=self._finish(sample.token_id, eos_token_ids),
-            cached_tokens=self.cached_tokens if first else 0,
+            finish=self._finish(sample.token_id, generated, eos_token_ids),
+            cached_tokens=self.cached_tokens if generated == 1 else 0,
         )
 
-    def _finish(self, token: int, eos_token_ids: Container[int]) -> FinishReason | None:
+    def _finish(self, token: int, generated: int, eos_token_ids: Container[int]) -> FinishReason | None:
         """Why the sequence ends with this token, if it does.
 
         `max_tokens` bounds the length alone: no request is accepted with which it could pass max_model_len.
@@ -105,4 +120,4 @@ class SequenceState:
         params = self.request.params
         if token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos):
             return "stop"
-        return "length" if self.generated >= params.max_tokens else None
+        return "length" if generated >= params.max_tokens else None

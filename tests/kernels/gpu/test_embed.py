@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from motet.kernels.gpu.embed import lora_embed
+from motet.kernels.gpu.embed import known_tokens, known_tokens_torch, lora_embed, stand_in
 from motet.kernels.gpu.lora import RankBlocks
 from tests.close import assert_close
 
@@ -37,3 +38,15 @@ def test_embedding_updates_match_plain_mathematics(device: str) -> None:
     lora_embed(x, tokens, vocabulary, table, 1, slots)
     assert_close(x, expected, relative=1e-4)
     assert torch.equal(x[0], base)
+
+
+@pytest.mark.parametrize("count", [1, 5, 600])
+def test_tokens_that_the_step_before_chose_are_looked_up(count: int, device: str) -> None:
+    tokens = torch.randint(0, 1000, (count,), dtype=torch.int32, device=device)
+    chosen = torch.randint(0, 200_000, (64,), dtype=torch.int32, device=device)
+    tokens[::2] = torch.tensor(
+        [stand_in(i % 64) for i in range(0, count, 2)], dtype=torch.int32, device=device
+    )
+    found = known_tokens(tokens, chosen)
+    assert torch.equal(found, known_tokens_torch(tokens, chosen))
+    assert int(found[0]) == int(chosen[0])

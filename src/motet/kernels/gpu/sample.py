@@ -7,7 +7,7 @@ Semantics, for a row of logits l [V] with parameters temperature T, seed, positi
     kept:   top_k > 0: tokens with logits down to the k-th largest, and those equal to it;
             top_p < 1: of these the most likely ones, until their share of all of these reaches top_p, and those equal
             to the last; min_p > 0: those at least min_p times as likely as the most likely
-    returns tokens [S] int64 and logprobs [S] float32, log softmax(l)[token] of the unchanged distribution
+    returns tokens [S] and logprobs [S] float32, log softmax(l)[token] of the unchanged distribution
     logits: [S, V] bfloat16, float16 or float32; temperature, top_p, min_p [S] float32, seed [S] int64, position,
     top_k [S] int32.
 
@@ -87,14 +87,18 @@ def _philox_torch(seed: Tensor, counter: Tensor, position: Tensor) -> list[Tenso
 
 
 def sample(
-    logits: Tensor, rows: SamplingTensors, truncate: bool, *, pdl: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Tokens and their logprobs. Without `truncate`, top_k, top_p and min_p of all rows are ignored."""
+    logits: Tensor, rows: SamplingTensors, truncate: bool, out: tuple[Tensor, Tensor] | None = None, *,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tokens and their logprobs, in `out` if given. Without `truncate`, top_k, top_p and min_p are ignored."""
     count, vocabulary = logits.shape
     assert logits.is_contiguous()
     chunks = -(-vocabulary // CHUNK)
-    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(count, device=logits.device)
+    if out is None:
+        tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
+        out = tokens, torch.empty(count, device=logits.device)
+    tokens, logprobs = out
+    assert tokens.shape == logprobs.shape == (count,)
     stats = torch.empty(4, count, chunks, device=logits.device)
     best = torch.empty(count, chunks, dtype=torch.int32, device=logits.device)
     if count:
