@@ -248,6 +248,7 @@ class AdapterRecord(Struct, frozen=True):
 class EngineStats(Struct, frozen=True):
     """A snapshot of the engine for metrics and health. Pages are counts of pool pages.
 
+    `workspace_bytes` is what else a GPU's memory held when the engine was ready: activations, graphs, compiled code.
     `residency` maps digest → absent, loading, ready or draining; the counters only grow.
     """
 
@@ -260,6 +261,7 @@ class EngineStats(Struct, frozen=True):
     adapter_pages: int = 0
     page_bytes: int = 0
     weight_bytes: int = 0
+    workspace_bytes: int = 0
     steps: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0

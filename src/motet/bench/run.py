@@ -14,6 +14,7 @@ from motet.config import EngineConfig
 from motet.engine.device import has_gpu, resolve
 from motet.engine.loop import Engine
 from motet.errors import ConfigError
+from motet.observe.metrics import memory_line
 from motet.registry.prepare import prepare
 
 
@@ -32,7 +33,7 @@ def run_cases(
     config = resolve(config, has_gpu())
     began = time.perf_counter()
     engine = Engine(config, lambda stage, fraction: say(f"{stage} {fraction:.0%}"))
-    say(f"ready after {time.perf_counter() - began:.1f} s")
+    say(f"ready after {time.perf_counter() - began:.1f} s; {memory_line(engine.stats())}")
     page, rounded = engine.runner.pool.page_bytes, config.device == "cuda"
     prepared = [prepare(path, engine.spec, page, images, rounded) for path in adapters]
     known: set[str] = set()

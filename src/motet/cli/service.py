@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from functools import partial
@@ -23,11 +24,13 @@ from motet.memory.pool import KV_DTYPE, page_bytes
 from motet.models.embedded import ensure_embedded
 from motet.models.registry import load_spec, locate
 from motet.observe import log
-from motet.observe.metrics import Metrics
+from motet.observe.metrics import Metrics, memory_line
 from motet.registry.catalog import Catalog
 from motet.registry.prepare import prepare
 from motet.server.app import create_app
 from motet.server.run import serve
+
+logger = logging.getLogger(__name__)
 
 
 def model_directory(model: str, console: Console) -> Path:
@@ -94,6 +97,7 @@ async def _start(
 ) -> None:
     await client.started()
     bar.close()
+    logger.info(memory_line(await client.stats()))
     for name, path in adapters.items():
         await catalog.load(name, path)
     frontend.open()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -74,6 +76,26 @@ def _left_on_gpu(config: EngineConfig, spec: ModelSpec) -> int:
             f"memory_fraction (now {config.memory_fraction}) or take a smaller model"
         )
     return left
+
+
+@contextmanager
+def fitting(what: str, change: str) -> Iterator[None]:
+    """Say what to change if `what` does not fit in the GPU's memory."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        raise ConfigError(
+            f"{what} needs more memory than the GPU has: {free >> 20} MiB of {total >> 20} MiB are free; {change}"
+        ) from error
+
+
+def workspace_bytes(config: EngineConfig, pool: Pool, weights: int) -> int:
+    """What the GPU's memory holds beside weights and pool, other processes' share among it; 0 on a CPU."""
+    if config.device == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return max(0, total - free - weights - pool.data.nbytes)
 
 
 def make_runner(config: EngineConfig, decoder: Decoder, pool: Pool, max_model_len: int) -> Runner | GpuRunner:

@@ -16,7 +16,15 @@ import torch
 from motet.adapters.image import open_image
 from motet.adapters.pager import Pager
 from motet.config import EngineConfig
-from motet.engine.device import has_gpu, make_pool, make_runner, resolve, weights_device
+from motet.engine.device import (
+    fitting,
+    has_gpu,
+    make_pool,
+    make_runner,
+    resolve,
+    weights_device,
+    workspace_bytes,
+)
 from motet.engine.probe import probe_adapter
 from motet.engine.sampler import Draw, SamplingRow
 from motet.errors import ConfigError, MotetError
@@ -55,18 +63,21 @@ class Engine:
         directory = locate(config.model)
         self.spec = load_spec(directory)
         self.max_model_len = max_len = resolve_max_model_len(config, self.spec)
-        model = load_model(
-            directory,
-            self.spec,
-            max_len,
-            lambda fraction: progress("reading weights", 0.8 * fraction),
-            weights_device(config),
-        )
+        with fitting("the model", "take a smaller one, or one with smaller weights"):
+            model = load_model(
+                directory,
+                self.spec,
+                max_len,
+                lambda fraction: progress("reading weights", 0.8 * fraction),
+                weights_device(config),
+            )
         progress("reserving memory", 0.8)
-        pool = make_pool(config, self.spec)
-        self.runner = make_runner(config, model.decoder, pool, max_len)
-        progress("warming up kernels", 0.9)
-        self.runner.warm_up()
+        with fitting("the pool", "lower pool_bytes, or leave it out and set memory_fraction"):
+            pool = make_pool(config, self.spec)
+        with fitting("a step", "lower memory_fraction, max_running or max_step_tokens"):
+            self.runner = make_runner(config, model.decoder, pool, max_len)
+            progress("warming up kernels", 0.9)
+            self.runner.warm_up()
         return_freed_memory()
         self.pager = Pager(pool, on_loaded)
         step_tokens = config.max_step_tokens
@@ -86,6 +97,7 @@ class Engine:
         self._images: dict[str, Path] = {}
         self._verify = config.verify_adapters
         self._weight_bytes = model.nbytes
+        self._workspace_bytes = workspace_bytes(config, pool, model.nbytes)
         self._steps = 0
         self._loads = 0
         self._load_seconds = 0.0
@@ -152,6 +164,7 @@ class Engine:
             load_seconds=self._load_seconds,
             page_bytes=self.runner.pool.page_bytes,
             weight_bytes=self._weight_bytes,
+            workspace_bytes=self._workspace_bytes,
         )
 
     def close(self) -> None:

@@ -156,6 +156,9 @@ class _Snapshot(Collector):
         yield pages
         yield _gauge("motet_pool_page_bytes", "Size of a pool page", stats.page_bytes)
         yield _gauge("motet_weight_bytes", "Size of the base model's weights", stats.weight_bytes)
+        yield _gauge(
+            "motet_workspace_bytes", "GPU memory for activations, graphs and code", stats.workspace_bytes
+        )
         for name, text, value in (
             ("motet_engine_steps", "Engine steps", stats.steps),
             ("motet_preemptions", "Sequences put back to waiting", stats.preemptions),
@@ -199,6 +202,14 @@ class _Snapshot(Collector):
 
     def _names(self, counts: dict[str, int]) -> str:
         return ",".join(record.name for record in self._records if counts.get(record.digest))
+
+
+def memory_line(stats: EngineStats) -> str:
+    """What the engine's memory was given to."""
+    pool = stats.total_pages * stats.page_bytes
+    parts = {"weights": stats.weight_bytes, "pool": pool, "workspace": stats.workspace_bytes}
+    sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items() if size)
+    return f"memory: {sizes} ({stats.total_pages} pages of {stats.page_bytes >> 10} KiB)"
 
 
 def _gauge(name: str, text: str, value: float, labels: dict[str, str] | None = None) -> GaugeMetricFamily:
