@@ -1,6 +1,6 @@
 """Motet through the cases that peers are measured with, one JSON line each.
 
-    python benchmarks/gpu/closed_loop.py CHECKPOINT [--cases steady,together,base,alone,cold,crowd] [--adapters 8]
+    python benchmarks/gpu/closed_loop.py CHECKPOINT [--cases steady,together,base,alone,cold,crowd,many] [--adapters 8]
 
 Adapters are the directories CHECKPOINT-lora0, CHECKPOINT-lora1, … beside it.
 """

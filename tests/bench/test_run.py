@@ -21,7 +21,7 @@ def test_every_case_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     config = EngineConfig(
         model=str(model), device="cpu", pool_bytes=8 << 20, max_running=8, max_step_tokens=64
     )
-    names = ["steady", "together", "base", "alone", "cold", "crowd"]
+    names = ["steady", "together", "base", "alone", "cold", "crowd", "many"]
     results = list(run_cases(config, adapters, tmp_path / "images", names, 3, 11, 180, lambda _: None))
     assert [result.case for result in results] == names
     for result in results:

@@ -6,6 +6,7 @@
     alone      one request at a time, with an adapter
     cold       an adapter never seen arrives while others decode
     crowd      twice as many adapters, short answers
+    many       64 adapters, all in the pool before it begins, each request with another one
 
 Prompts are random token ids, all different; answers have their full length. OTPS is the output tokens per second of one
 request, the inverse of the mean time per output token; TTFT the time to the first token.
@@ -17,12 +18,16 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from motet.engine.loop import Engine
 from motet.types import BASE, Request, SamplingParams
+
+
+MANY = 64
+"""Different adapters of the case of that name."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -46,7 +51,7 @@ class Result(msgspec.Struct, frozen=True):
 class Case:
     """`adapter_of(i)` is request i's adapter, by number; None is the base.
 
-    `steady` gives the first wave staggered lengths. Each of `newcomers` is an adapter sent once, 150 steps apart, on
+    `steady` gives the first wave staggered lengths; `warm` has every adapter used once before it begins. Each of `newcomers` is an adapter sent once, 150 steps apart, on
     top of a single wave.
     """
 
@@ -55,6 +60,7 @@ class Case:
     adapter_of: Callable[[int], int | None]
     output: int = 600
     steady: bool = False
+    warm: bool = False
     newcomers: tuple[int, ...] = ()
 
 
@@ -68,6 +74,7 @@ def cases(in_flight: int, adapters: int, output: int = 600) -> dict[str, Case]:
         "alone": Case(2, 1, lambda i: i % adapters, output // 2),
         "cold": Case(n - 1, n - 1, lambda i: i % max(adapters - 1, 1), output, newcomers=(20, 21, 22)),
         "crowd": Case(3 * n, n, lambda i: 30 + i % (2 * adapters), output // 3, steady=True),
+        "many": Case(max(MANY, 2 * n), n, lambda i: i % MANY, output // 2, steady=True, warm=True),
     }
 
 
@@ -107,6 +114,8 @@ class ClosedLoop:
             if number is not None:
                 self._digest_of(number)
         self._random = random.Random(1)
+        if case.warm:
+            _Run(replace(case, output=1, steady=False), self._engine, self._submit).finish(name)
         return _Run(case, self._engine, self._submit).finish(name)
 
     def _submit(self, adapter: int | None, length: int) -> Request:

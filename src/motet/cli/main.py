@@ -144,7 +144,7 @@ def bench(
         list[Path] | None, typer.Option("--adapter", help="A PEFT LoRA directory; repeatable.")
     ] = None,
     cases: Annotated[
-        str, typer.Option(help="Of steady, together, base, alone, cold, crowd; separated by commas.")
+        str, typer.Option(help="Of steady, together, base, alone, cold, crowd, many; separated by commas.")
     ] = "steady,base,alone",
     in_flight: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1600,
