@@ -115,7 +115,7 @@ class ClosedLoop:
                 self._digest_of(number)
         self._random = random.Random(1)
         if case.warm:
-            _Run(replace(case, output=1, steady=False), self._engine, self._submit).finish(name)
+            _Run(replace(case, output=2, steady=False), self._engine, self._submit).finish(name)
         return _Run(case, self._engine, self._submit).finish(name)
 
     def _submit(self, adapter: int | None, length: int) -> Request:
