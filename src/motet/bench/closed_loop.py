@@ -25,7 +25,6 @@ import msgspec
 from motet.engine.loop import Engine
 from motet.types import BASE, Request, SamplingParams
 
-
 MANY = 64
 """Different adapters of the case of that name."""
 
@@ -51,8 +50,8 @@ class Result(msgspec.Struct, frozen=True):
 class Case:
     """`adapter_of(i)` is request i's adapter, by number; None is the base.
 
-    `steady` gives the first wave staggered lengths; `warm` has every adapter used once before it begins. Each of `newcomers` is an adapter sent once, 150 steps apart, on
-    top of a single wave.
+    `steady` gives the first wave staggered lengths; `warm` has every adapter used once before it begins. Each of
+    `newcomers` is an adapter sent once, 150 steps apart, on top of a single wave.
     """
 
     requests: int
