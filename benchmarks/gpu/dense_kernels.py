@@ -51,12 +51,12 @@ from motet.kernels.gpu.attention import (
     prefill_rows,
     prefill_tiles,
 )
+from motet.kernels.gpu.dense import DenseUpdate, arrivals, dense_config, dense_product
 from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
 from motet.kernels.gpu.lora import (
     LoraConfig,
     LoraTiles,
     RankBlocks,
-    lora_add,
     lora_expand,
     lora_shrink,
     shrunk,
@@ -151,15 +151,17 @@ def time_lora(report: Report, quick: bool) -> None:
         ("16 rows, 8 adapters", [i // 2 for i in range(16)], [
             d, replace(d, slice=256, depth=256), replace(d, slice=1024, depth=256), replace(d, ranks=32, groups=4),
             replace(d, shrink_warps=2), replace(d, columns=256), replace(d, columns=64, expand_warps=2),
-            replace(d, expand_warps=2),
+            replace(d, expand_warps=2), replace(d, even=False),
         ]),
         ("16 rows, 16 segments", [i * 3 % 8 for i in range(16)], [d]),
         ("1600 rows, 1 adapter", [0] * 1600, [
             p, replace(p, ranks=64, groups=2), replace(p, slice=4096), replace(p, slice=1024),
             replace(p, rows=128, shrink_warps=8, expand_warps=8), replace(p, columns=256, expand_warps=8),
-            replace(p, expand_ranks=16),
+            replace(p, expand_ranks=16), replace(p, group=1), replace(p, group=8), replace(p, even=False),
         ]),
-        ("8192 rows, 8 adapters", [i // 1024 for i in range(8192)], [p, replace(p, ranks=64, groups=2)]),
+        ("8192 rows, 8 adapters", [i // 1024 for i in range(8192)], [
+            p, replace(p, ranks=64, groups=2), replace(p, group=1), replace(p, group=8), replace(p, group=32),
+        ]),
     ]  # fmt: skip
     shapes = [*((HIDDEN, width) for width in WIDTHS), (4096, HIDDEN)]
     table = lora_table(shapes, LAYERS)
@@ -222,7 +224,7 @@ def time_sample(report: Report) -> None:
 
 
 def time_layer(report: Report) -> None:
-    """The attention half of a decode layer, as a step would launch it: 9 kernels and 2 matrix products."""
+    """The attention half of a decode layer, as a step launches it: 7 kernels, 5 without adapters."""
     rows, num, kv_heads, dim, length = 16, 64, 8, 64, 1900
     cache = Cache.make(rows, length, kv_heads, dim, LAYERS)
     table, adapters = (
@@ -235,20 +237,28 @@ def time_layer(report: Report) -> None:
     how, slots = QueryKey(table, table), cache.tables[:, -1] * 16 + length % 16 - 1
     weights = [(normal(sum(WIDTHS), HIDDEN) / 60, normal(HIDDEN, 4096) / 60) for _ in range(LAYERS)]
     norm, biases = normal(HIDDEN, dtype=F32), (normal(sum(WIDTHS)), normal(HIDDEN))
+    counters = arrivals("cuda")
     tiles = tiles_of([i // 2 for i in range(rows)], 16, rows)
     z1, z2 = (shrunk(rows, depth, 96, lora.DECODE, "cuda") for depth in (HIDDEN, 4096))
     residual, branch, out = normal(rows, HIDDEN, dtype=F32), normal(rows, HIDDEN), normal(rows, num * dim)
+    qkv = normal(rows, sum(WIDTHS))
+
+    def project(x: Tensor, y: Tensor, i: int, side: int, z: Tensor, pdl: bool, with_lora: bool) -> None:
+        weight, update = weights[i][side], None
+        if with_lora:
+            site, widths = (4 * i + 3, (HIDDEN,)) if side else (4 * i, WIDTHS)
+            lora_shrink(x, adapters, site, len(widths), tiles, z, lora.DECODE, pdl=pdl)
+            update = DenseUpdate(adapters, site, widths, tiles, z)
+        dense_product(
+            x, weight, biases[side], y, counters, dense_config(*weight.shape), update=update, pdl=pdl
+        )
 
     def layer(i: int, pdl: bool, with_lora: bool) -> None:
         x, _ = add_rms_norm(branch, residual, norm, 1e-5, pdl=pdl)
-        qkv = linear(x, weights[i][0], biases[0])
-        if with_lora:
-            lora_add(qkv, x, adapters, 4 * i, WIDTHS, tiles, z1, lora.DECODE, pdl=pdl)
+        project(x, qkv, i, 0, z1, pdl, with_lora)
         rotary_kv_write(qkv, decode, slots, how, cache.kv, i, num, pdl=pdl)
         decode_attention(qkv, cache.kv, i, batch, heads, workspace, out, pdl=pdl)
-        torch.addmm(biases[1], out, weights[i][1].T, out=branch)
-        if with_lora:
-            lora_add(branch, out, adapters, 4 * i + 3, (HIDDEN,), tiles, z2, lora.DECODE, pdl=pdl)
+        project(out, branch, i, 1, z2, pdl, with_lora)
 
     dense = 2 * (sum(WIDTHS) * HIDDEN + HIDDEN * 4096)
     ranks = SLOTS * RANK * 2 * (3 * HIDDEN + sum(WIDTHS) + 4096 + HIDDEN)

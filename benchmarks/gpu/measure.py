@@ -5,6 +5,7 @@ Importing it puts the source tree on the path, also on a machine where Motet is 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -50,17 +51,18 @@ class Report:
         self.failed |= not fine
         self.checks.append(f"{'ok  ' if fine else 'FAIL'} {name}")
 
-    def time(self, name: str, calls: Sequence[Call], moved: float, flops: float = 0.0) -> None:
-        """`moved` bytes and `flops` operations of one call."""
+    def time(self, name: str, calls: Sequence[Call], moved: float, flops: float = 0.0) -> float:
+        """`moved` bytes and `flops` operations of one call; its microseconds, infinite if it cannot be."""
         floor = max(moved / BANDWIDTH, flops / OPERATIONS) * 1e6
         try:
             took, spread = measure(calls)
         except Exception as error:  # noqa: BLE001  # a variant that needs too much of something
             self.rows.append(f"{name:56} {type(error).__name__} {str(error)[:40]}")
-            return
+            return math.inf
         rate = f"{flops / took / 1e6:4.0f} TFLOP/s" if flops else f"{moved / took / 1e6:4.2f} TB/s"
         numbers = f"{took:8.2f} us ±{spread:2.0f}% floor {floor:7.2f} {floor / took:4.0%} {rate}"
         self.rows.append(f"{name:56} {numbers}")
+        return took
 
     def section(self, part: Callable[[Report], None]) -> None:
         """Run one part; if it breaks, say where and go on."""

@@ -18,7 +18,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     means 1 GiB on a CPU, and on a GPU what `memory_fraction` of its memory leaves. `max_step_tokens` bounds the tokens
     of a step (decode rows first, then prefill chunks; None: 512 on a CPU, 2,048 on a GPU), `max_running` the sequences
     in flight. `max_model_len` None means the model's own. `threads` None means torch's default. `verify_adapters` runs
-    a prompt through each adapter before it is accepted.
+    a prompt through each adapter before it is accepted. `tuned_configs` is a folder of configurations of GPU kernels
+    (None: `$MOTET_TUNED_CONFIGS`, if set); they come before Motet's own.
     """
 
     model: str
@@ -32,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     prefix_caching: bool = True
     threads: int | None = None
     verify_adapters: bool = False
+    tuned_configs: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,6 +56,12 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_n: int = 16
     max_logprobs: int = 20
     max_body_bytes: int = 8 << 20
+
+
+def tuned_folder(config: EngineConfig) -> Path | None:
+    """The folder of tuned configurations that a config or `$MOTET_TUNED_CONFIGS` names."""
+    configured = config.tuned_configs or os.environ.get("MOTET_TUNED_CONFIGS")
+    return Path(configured).expanduser() if configured else None
 
 
 def cache_dir() -> Path:

@@ -13,7 +13,7 @@ from motet.types import EngineStats
 
 def test_lack_of_memory_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 20, 80 << 30))
-    with pytest.raises(ConfigError, match="the pool needs more .*: 3 MiB of 81920 MiB are free; lower it"), fitting(
+    with pytest.raises(ConfigError, match=r"the pool needs more .*: 3 MiB of 81920 MiB are free; lower it"), fitting(
         "the pool", "lower it"
     ):  # fmt: skip
         raise torch.cuda.OutOfMemoryError("tried to allocate")

@@ -18,7 +18,7 @@ from tests.formats import write_all
 from tests.parity import reference_logits, serve_mixed_batch
 from tests.tiny import VOCAB, write_model
 
-KINDS = ["gpt-oss", "qwen3-moe", "llama", "llama4"]
+KINDS = ["gpt-oss", "qwen3-moe", "llama", "llama4", "deepseek-v2-lite"]
 
 
 def _engine(model: Path, **options: object) -> Engine:
@@ -121,27 +121,30 @@ def test_a_busy_engine_answers_as_a_quiet_one(kind: str, tmp_path: Path) -> None
     assert differ == 0, f"{differ} of 64 answers depend on the batch"
 
 
-def test_nothing_is_compiled_while_serving_contexts_of_any_length(tmp_path: Path) -> None:
-    from triton.runtime.jit import JITFunction  # type: ignore[import-untyped,import-not-found,unused-ignore]
+@pytest.mark.parametrize("kind", ["gpt-oss", "llama"])
+def test_nothing_is_compiled_while_serving_contexts_of_any_length(kind: str, tmp_path: Path) -> None:
+    import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
-    model = write_model(tmp_path / "model", "gpt-oss", max_position_embeddings=4352)
+    model = write_model(tmp_path / "model", kind, max_position_embeddings=4352)
     engine = _engine(model, max_step_tokens=2048, max_running=4)
+    adapters = list(write_all(tmp_path, model, kind, refused=False).values())[:1]
     compiled: list[str] = []
-    JITFunction.compiled_hook = lambda *args, **kwargs: compiled.append(str(kwargs.get("repr", args)))
+    hook = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = lambda *_, **what: compiled.append(str(what.get("repr")))
 
-    def serve(length: int) -> None:
+    def serve(length: int, adapter: str) -> None:
         prompt = tuple(random.Random(length).randrange(2, VOCAB) for _ in range(length))
-        engine.add(
-            Request(f"n{length}", prompt, SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
-        )
+        params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+        engine.add(Request(f"{adapter}{length}", prompt, params, adapter))
         while engine.has_work:
             engine.step()
 
     try:
-        lengths = sorted({1, 2, 3, *(random.Random(0).randrange(1, 4097) for _ in range(60)), 4096})
-        for length in lengths:
-            serve(length)
+        digests = [BASE, *_register(engine, adapters, tmp_path / "i")]
+        for length in sorted({1, 2, 3, *(random.Random(0).randrange(1, 4097) for _ in range(60)), 4096}):
+            for digest in digests:
+                serve(length, digest)
     finally:
-        JITFunction.compiled_hook = None
+        triton.knobs.runtime.jit_cache_hook = hook
         engine.close()
     assert not compiled, f"{len(compiled)} kernels were compiled while serving: {compiled[:3]}"

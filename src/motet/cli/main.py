@@ -80,6 +80,13 @@ def serve(
             "--verify-adapters", help="Run a prompt through each adapter first; refuse what has no effect."
         ),
     ] = None,
+    tuned_configs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with tuned configurations of GPU kernels, before Motet's own. [default: $MOTET_TUNED_CONFIGS]",
+        ),
+    ] = None,
     demo_adapters: Annotated[
         bool, typer.Option("--demo-adapters", help="Also serve the three demo adapters.")
     ] = False,
@@ -108,6 +115,7 @@ def serve(
             "max_step_tokens": max_step_tokens,
             "threads": threads,
             "verify_adapters": verify_adapters,
+            "tuned_configs": tuned_configs,
         },
         {"host": host, "port": port, "served_model_name": served_model_name},
         [*demo, *(adapter or [])],

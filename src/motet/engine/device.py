@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from motet.config import EngineConfig
+from motet.config import EngineConfig, tuned_folder
 from motet.engine.runner import Runner
 from motet.errors import ConfigError
 from motet.layers.batch import Device
@@ -43,6 +43,8 @@ def resolve(config: EngineConfig, gpu: bool) -> EngineConfig:
         )
     if device == "cuda" and config.verify_adapters:
         raise ConfigError("verify_adapters runs on a CPU only so far; use `motet adapters verify`")
+    if device == "cpu" and config.tuned_configs is not None:
+        raise ConfigError("tuned_configs are for the kernels of a GPU; this engine runs on a CPU")
     return msgspec.structs.replace(
         config,
         device=device,
@@ -52,11 +54,13 @@ def resolve(config: EngineConfig, gpu: bool) -> EngineConfig:
 
 
 def weights_device(config: EngineConfig) -> Device:
-    """Where a resolved config wants the weights."""
+    """Where a resolved config wants the weights; kernels for them are compiled as configured from now on."""
     if config.device == "cpu":
         return CpuDevice()
+    from motet.kernels.gpu import tuned
     from motet.layers.gpu import GpuDevice  # brings Triton, which a CPU's engine has no use for: 60 MB
 
+    tuned.load(tuned_folder(config), torch.cuda.get_device_name())
     return GpuDevice(torch.device("cuda"))
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from motet.adapters.gpu_table import GpuTable
 from motet.engine.inputs import kv_slots
 from motet.engine.staging import Field, Staging
-from motet.kernels.gpu import lora, moe_lora
+from motet.kernels.gpu import dense, latent_attention, lora, moe_lora
 from motet.kernels.gpu.attention import (
     DecodeBatch,
     DecodeWorkspace,
@@ -27,6 +27,7 @@ from motet.kernels.gpu.attention import (
 )
 from motet.kernels.gpu.embed import stand_in
 from motet.kernels.gpu.lora import LoraTiles, row_tiles
+from motet.kernels.gpu.tuned import TYPICAL_RANK, tuned
 from motet.layers.gpu import GpuBatch, GpuKV, GpuLora
 from motet.memory.pool import Pool
 from motet.types import PENDING, Chunk, Plan
@@ -93,10 +94,22 @@ class StepBuilder:
         self.max_pages = -(-max_model_len // pool.page_tokens)
         self.device = pool.data.device
         spec = pool.spec
-        self.tile_rows = prefill_rows(num_heads, spec.num_kv_heads)
-        self.workspace = DecodeWorkspace.empty(
-            max_decode, num_heads, spec.num_kv_heads, spec.head_dim, self.device
-        )
+        if spec.kv_planes == 1:
+            self.tile_rows = latent_attention.prefill_rows(num_heads)
+            self.workspace = latent_attention.decode_workspace(
+                max_decode, num_heads, spec.head_dim, self.device
+            )
+        else:
+            self.tile_rows = prefill_rows(num_heads, spec.num_kv_heads)
+            self.workspace = DecodeWorkspace.empty(
+                max_decode, num_heads, spec.num_kv_heads, spec.head_dim, self.device
+            )
+        self.arrived = dense.arrivals(self.device)
+        typical = {"hidden": spec.hidden_size, "rank": TYPICAL_RANK}
+        self.decode_lora = tuned("lora_decode", lora.DECODE, **typical)
+        self.prefill_lora = tuned("lora_prefill", lora.PREFILL, **typical)
+        self.decode_shrink = tuned("moe_shrink_decode", moe_lora.DECODE, **typical)
+        self.prefill_shrink = tuned("moe_shrink_prefill", moe_lora.PREFILL, **typical)
         self.drawn = torch.zeros(2, max_decode, dtype=INT, device=self.device)
         self.places: dict[int, int] = {}
         self.rare = frozenset(
@@ -142,7 +155,7 @@ class StepBuilder:
         host["logit_rows"][:] = host["decode_rows"][:] = np.arange(size)
         host["lengths"][:count], host["lengths"][count:] = starts + 1, 0
         host["slots"][:] = slots
-        tiles = row_tiles(slots[:count], lora.DECODE.rows)
+        tiles = row_tiles(slots[:count], self.decode_lora.rows)
         for name in ("tiles", "head_tiles"):
             host[name][:, : tiles.shape[1]] = tiles
             host[name][2, tiles.shape[1] :] = 0
@@ -164,12 +177,12 @@ class StepBuilder:
             for g in range(len(self.groups))
         ]
         adapters = GpuLora(
-            self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]), lora.DECODE,
-            moe_lora.DECODE, len(on["tokens"]), MAX_RANK_BLOCKS, idle,
+            self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]),
+            self.decode_lora, self.decode_shrink, len(on["tokens"]), MAX_RANK_BLOCKS, idle,
         )  # fmt: skip
         return GpuBatch(
             on["tokens"], on["positions"], groups, self.pool.kv, on["logit_rows"], on["rows"],
-            adapters if with_lora else None, self.drawn[0], self.workspace, pdl,
+            adapters if with_lora else None, self.drawn[0], self.workspace, self.arrived, pdl,
         )  # fmt: skip
 
     def batch(self, chunks: Sequence[Chunk], pdl: bool) -> GpuBatch:
@@ -185,7 +198,7 @@ class StepBuilder:
         )
         slots = np.repeat([self.table.slot(chunk.adapter) for chunk in chunks], lengths).astype(np.int32)
         sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
-        how = lora.PREFILL
+        how = self.prefill_lora
         runs, head = row_tiles(slots, how.rows), row_tiles(slots[ends[sampled] - 1], how.rows)
         groups = range(len(self.groups))
         used = max(len(table) for chunk in chunks for table in chunk.pages)
@@ -223,7 +236,7 @@ class StepBuilder:
         if runs.shape[1]:
             adapters = GpuLora(
                 self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]), how,
-                moe_lora.PREFILL, len({chunk.adapter for chunk in chunks} - {""}), max(self.table.rank_blocks, 1),
+                self.prefill_shrink, len({chunk.adapter for chunk in chunks} - {""}), max(self.table.rank_blocks, 1),
                 self.idle(chunks),
             )  # fmt: skip
         return GpuBatch(
@@ -236,5 +249,6 @@ class StepBuilder:
             adapters,
             self.drawn[0],
             self.workspace,
+            self.arrived,
             pdl,
         )

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from motet.errors import ModelRefused
 from motet.kernels.activation import Activation
-from motet.kernels.gpu import lora, moe_lora
+from motet.kernels.gpu import dense, lora, moe_lora
 from motet.kernels.gpu.attention import (
     DecodeBatch,
     DecodeWorkspace,
@@ -23,14 +22,19 @@ from motet.kernels.gpu.attention import (
     prefill_attention,
 )
 from motet.kernels.gpu.combine import Normed, combine
+from motet.kernels.gpu.dense import DenseUpdate, dense_config, dense_product
 from motet.kernels.gpu.embed import known_tokens, lora_embed
 from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
+from motet.kernels.gpu.latent_attention import latent_decode, latent_prefill, latent_write
+from motet.kernels.gpu.latent_lora import lora_key_query, lora_value
 from motet.kernels.gpu.lora import LoraConfig, LoraTiles, RankBlocks
-from motet.kernels.gpu.moe import ExpertWeights, product, product_config, tile_rows
+from motet.kernels.gpu.moe import ExpertWeights, ProductConfig, product, product_config, tile_rows
 from motet.kernels.gpu.moe_lora import ExpertUpdate
 from motet.kernels.gpu.mxfp4 import Mxfp4
 from motet.kernels.gpu.norm import add_rms_norm
+from motet.kernels.gpu.per_head import per_head
 from motet.kernels.gpu.route import Sorted, route
+from motet.kernels.gpu.tuned import tuned
 from motet.kernels.kv_write import KVLayout
 from motet.kernels.route import RoutingRule
 from motet.layers.batch import AttentionForm, FourBit, LatentForm, LinearMap
@@ -88,7 +92,7 @@ class GpuKV:
 class GpuBatch:
     """tokens, positions [T] int32, a GpuKV for each KV group, logit_rows [S] int64, `rows` [1] int32 how many of the T
     rows are real. Tokens may stand for what the step before left in `chosen` (`known_tokens`). `lora` None: no row
-    carries an adapter, no LoRA kernel is launched."""
+    carries an adapter, no LoRA kernel is launched. `arrived` counts for products (`dense.arrivals`)."""
 
     tokens: Tensor
     positions: Tensor
@@ -99,6 +103,7 @@ class GpuBatch:
     lora: GpuLora | None
     chosen: Tensor
     workspace: DecodeWorkspace
+    arrived: Tensor
     pdl: bool = False
 
     def embed(self, table: Tensor, site: int) -> Tensor:
@@ -130,13 +135,27 @@ class GpuBatch:
         return self._linear(x[self.logit_rows], head, None if self.lora is None else self.lora.head_tiles)
 
     def _linear(self, x: Tensor, how: LinearMap, tiles: LoraTiles | None) -> Tensor:
-        y = torch.nn.functional.linear(x, how.weight, how.bias)
-        if self.lora is not None and tiles is not None and how.site not in self.lora.idle:
-            columns = len(how.widths) * self.lora.rank_blocks * lora.RANKS
-            z = lora.shrunk(len(x), x.shape[1], columns, self.lora.config, x.device)
-            table, config = self.lora.table, self.lora.config
-            lora.lora_add(y, x, table, how.site, how.widths, tiles, z, config, pdl=self.pdl)
+        """Few rows are multiplied by a kernel that updates them too, more by cuBLAS and updated after it."""
+        if not 0 < len(x) <= dense.MOST_ROWS:
+            y = torch.nn.functional.linear(x, how.weight, how.bias)
+            if self.lora is not None and (u := self._shrunk(x, how, tiles)) is not None:
+                lora.lora_expand(y, u.table, u.site, u.widths, u.tiles, u.z, self.lora.config, pdl=self.pdl)
+            return y
+        features, depth = how.weight.shape
+        y, update = x.new_empty(len(x), features), self._shrunk(x, how, tiles)
+        config = tuned("dense_product", dense_config(features, depth), features=features, depth=depth)
+        dense_product(x, how.weight, how.bias, y, self.arrived, config, update=update, pdl=self.pdl)
         return y
+
+    def _shrunk(self, x: Tensor, how: LinearMap, tiles: LoraTiles | None) -> DenseUpdate | None:
+        """The shrunk input of the map's sites, if any row may carry an adapter there."""
+        if self.lora is None or tiles is None or how.site in self.lora.idle:
+            return None
+        columns = len(how.widths) * self.lora.rank_blocks * lora.RANKS
+        table, config = self.lora.table, self.lora.config
+        z = lora.shrunk(len(x), x.shape[1], columns, config, x.device)
+        lora.lora_shrink(x, table, how.site, len(how.widths), tiles, z, config, pdl=self.pdl)
+        return DenseUpdate(table, how.site, how.widths, tiles, z)
 
     def silu_mul(self, h: Tensor) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
@@ -156,8 +175,27 @@ class GpuBatch:
         return out
 
     def latent_attention(self, q: Tensor, z: Tensor, column: int, form: LatentForm) -> Tensor:
-        del q, z, column, form
-        raise ModelRefused("latent attention does not run on a GPU yet; serve this model with device = 'cpu'")
+        heads, index, group = form.heads, form.place.index, self.groups[form.place.group]
+        lora = self.lora if self.lora is not None and form.site not in self.lora.idle else None
+        queries = q[:, : heads.num * (heads.nope + heads.rope)].unflatten(1, (heads.num, -1))
+        query = q.new_empty(len(q), heads.num, heads.rank + heads.rope)
+        per_head(queries[..., : heads.nope], form.keys, query[..., : heads.rank], pdl=self.pdl)
+        if lora is not None:
+            lora_key_query(query, q, heads, lora.table, form.site, lora.tiles, lora.config, pdl=self.pdl)
+        latent_write(
+            q, z, column, query, self.positions, group.slots, form.rotary.cos, form.rotary.sin, form.norm, form.eps,
+            self.kv, index, heads, form.rotary.interleaved, pdl=self.pdl,
+        )  # fmt: skip
+        o = q.new_empty(len(q), heads.num, heads.rank)
+        if group.decode is not None:
+            latent_decode(query, self.kv, index, group.decode, heads, self.workspace, o, pdl=self.pdl)
+        if group.prefill is not None:
+            latent_prefill(query, self.kv, index, group.prefill, heads, o, pdl=self.pdl)
+        v = q.new_empty(len(q), heads.num, heads.value)
+        per_head(o, form.values, v, pdl=self.pdl)
+        if lora is not None:
+            lora_value(v, o, heads, lora.table, form.site, lora.tiles, lora.config, pdl=self.pdl)
+        return v.flatten(1)
 
     def experts(
         self,
@@ -177,7 +215,7 @@ class GpuBatch:
         h = x.new_empty(len(work.order), experts.down.shape[2])
         update = self._update(x, work, site, 2, gather=True)
         product(
-            x, experts.gate_up, work, h, product_config(experts.gate_up, 2, rows), gather=True,
+            x, experts.gate_up, work, h, _expert_config(experts.gate_up, 2, rows), gather=True,
             activation=experts.activation, update=update, weigh_input=rule.on_input, pdl=self.pdl,
         )  # fmt: skip
         update = self._update(h, work, site + 2, 1, gather=False)
@@ -187,7 +225,7 @@ class GpuBatch:
             experts.down,
             work,
             out,
-            product_config(experts.down, 1, rows),
+            _expert_config(experts.down, 1, rows),
             gather=False,
             update=update,
             pdl=self.pdl,
@@ -202,6 +240,15 @@ class GpuBatch:
         update = ExpertUpdate(self.lora.table, site, z)
         moe_lora.shrink(x, work, update, gather=gather, config=self.lora.expert_config, pdl=self.pdl)
         return update
+
+
+def _expert_config(weights: ExpertWeights, sides: int, rows: int) -> ProductConfig:
+    """How to compile a product of experts in tiles of `rows` pairs."""
+    _, features, depth = weights.shape
+    return tuned(
+        "moe_product", product_config(weights, sides, rows), features=features // sides, depth=depth, sides=sides,
+        rows=rows, packed=int(isinstance(weights.weight, Mxfp4)),
+    )  # fmt: skip
 
 
 class GpuDevice:

@@ -91,8 +91,8 @@ class Weights:
         return self._taken(name, self.device.tensor(tensor))
 
     def vector(self, name: str, *shape: int) -> Tensor:
-        """The same as float32: norms, sinks, biases of routers."""
-        return self.device.vector(self.take(name, *shape))
+        """The same as float32, never rounded to less: norms, sinks, biases of routers."""
+        return self._taken(name, self.device.vector(self._open(self._prefix + name, *shape)))
 
     def _dequantised(self, name: str, block: tuple[int, int], *shape: int) -> Tensor:
         scales = f"{name}_scale_inv"

@@ -20,6 +20,8 @@ from typing import Any
 
 MOST_SPILLED = 64
 """Bytes per thread: the assembler keeps a few words in memory where that lets one more warp run."""
+MOST_SHARED = 227 << 10
+"""Bytes of shared memory that a program may have on sm_90."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,14 @@ def _inspect(kernel: Any, config: str) -> Compiled:
 
 
 def main() -> int:
-    """Compile what the modules named on the command line launch; 1 if a kernel spills more than a few registers."""
+    """Compile what the modules named on the command line launch; 1 if a kernel spills more than a few registers
+    or does not fit in shared memory."""
     compiled: list[Compiled] = []
     for name in sys.argv[1:]:
         compiled += compile_launches(importlib.import_module(name).launches)
     for one in compiled:
         sys.stdout.write(f"{one}\n")
-    return int(any(one.spills > MOST_SPILLED for one in compiled))
+    return int(any(one.spills > MOST_SPILLED or one.shared > MOST_SHARED for one in compiled))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from motet.kernels.gpu.attention import (
     decode_attention,
     prefill_attention,
 )
+from motet.kernels.gpu.dense import DenseUpdate, arrivals, dense_config, dense_product
 from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
 from motet.kernels.gpu.lora import DECODE, PREFILL, LoraTiles, RankBlocks, lora_add, shrunk
 from motet.kernels.gpu.norm import add_rms_norm
@@ -35,6 +36,7 @@ def launches() -> None:
     kv_writes()
     attentions()
     loras()
+    products()
     samples()
 
 
@@ -78,18 +80,42 @@ def attentions() -> None:
         prefill_attention(qkv, kv, 3, prefill, heads, out, pdl=True)
 
 
-def loras() -> None:
+def rank_blocks() -> RankBlocks:
     i32, i64 = torch.int32, torch.int64
     blocks = 1 << 16
-    table = RankBlocks(
+    return RankBlocks(
         meta(300, 8, dtype=i32), meta(300, 8, dtype=i32), meta(blocks, dtype=i64), meta(blocks, dtype=i64),
         meta(blocks, dtype=i32), meta(blocks, dtype=F32), meta(1 << 30),
     )  # fmt: skip
-    tiles = LoraTiles(*(meta(16, dtype=i32) for _ in range(3)))
+
+
+def tiles(count: int) -> LoraTiles:
+    return LoraTiles(*(meta(count, dtype=torch.int32) for _ in range(3)))
+
+
+def loras() -> None:
     for depth, widths in ((2880, (4096, 512, 512)), (4096, (2880,)), (2048, (768, 768))):
         for config in (DECODE, PREFILL):
             x, y = meta(16, depth), meta(16, sum(widths))
-            lora_add(y, x, table, 5, widths, tiles, shrunk(16, depth, 96, config, "meta"), config, pdl=True)
+            z = shrunk(16, depth, 96, config, "meta")
+            lora_add(y, x, rank_blocks(), 5, widths, tiles(16), z, config, pdl=True)
+
+
+def products() -> None:
+    """qkv, o, router and head of gpt-oss-20b, and what no block size divides."""
+    for depth, widths, rows in (
+        (2880, (4096, 512, 512), (1, 32, 64)), (4096, (2880,), (16,)), (2880, (32,), (16,)),
+        (2880, (201_088,), (16, 64)), (577, (727, 65), (1, 64)),
+    ):  # fmt: skip
+        features = sum(widths)
+        for count in rows:
+            x, bias, y = meta(count, depth), meta(features), meta(count, features)
+            z = shrunk(count, depth, 96, DECODE, "meta")
+            for update in (None, DenseUpdate(rank_blocks(), 5, widths, tiles(count), z)):
+                dense_product(
+                    x, meta(features, depth), bias, y, arrivals("meta"), dense_config(features, depth),
+                    update=update, pdl=True,
+                )  # fmt: skip
 
 
 def samples() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from motet.errors import ConfigError
 from motet.kernels.gpu.lora import (
     DECODE,
     PREFILL,
@@ -28,19 +29,33 @@ RANKS_OF = [[16, 9], [], [1], [16] * 4, [4, 4, 4]]
 SMALL = {
     "decode": replace(DECODE, slice=64, depth=64, columns=32, groups=2),
     "prefill": replace(PREFILL, rows=32, slice=96, depth=32, columns=32, expand_ranks=16, groups=1),
+    "grouped": replace(PREFILL, rows=16, slice=64, depth=32, columns=16, groups=2, group=3, even=False),
 }
 
 
-def make_table(depth: int, widths: Sequence[int], dtype: torch.dtype, device: str) -> RankBlocks:
-    """Site 0 is nobody's; sites 1 … are the group; slot s leaves out member (s mod 4), and slot 4's members share A."""
-    slots = len(RANKS_OF)
+def make_table(
+    depth: int,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    device: str,
+    ranks_of: Sequence[Sequence[int]] = RANKS_OF,
+) -> RankBlocks:
+    """Site 0 is nobody's; sites 1 … are the group; slot s leaves out member (s mod 4), and slot 4's members share A.
+
+    What lies between the factors is not a number.
+    """
+    slots = len(ranks_of)
     first, count = np.zeros((1 + len(widths), slots), np.int32), np.zeros((1 + len(widths), slots), np.int32)
     a: list[int] = []
     b: list[int] = []
     rank: list[int] = []
     scale: list[float] = []
-    pool, at = torch.randn(200_000).to(dtype), 64
-    for slot, ranks in enumerate(RANKS_OF):
+    pool, at = torch.full((400_000,), torch.nan), 64
+
+    def put(place: int, size: int) -> None:
+        pool[place : place + size] = torch.randn(size)
+
+    for slot, ranks in enumerate(ranks_of):
         shared = at
         for member, width in enumerate(widths):
             if slot % 4 == member:
@@ -49,8 +64,10 @@ def make_table(depth: int, widths: Sequence[int], dtype: torch.dtype, device: st
             for i, r in enumerate(ranks):
                 assert r <= RANKS
                 a.append(shared + 1024 * i if slot == 4 else at)
+                put(a[-1], r * depth)
                 at += -(-r * depth // 32) * 32 + 4096 * (slot == 4)
                 b.append(at)
+                put(at, r * width)
                 at += -(-r * width // 32) * 32
                 rank.append(r)
                 scale.append(0.5 + len(rank))
@@ -61,7 +78,8 @@ def make_table(depth: int, widths: Sequence[int], dtype: torch.dtype, device: st
 
     return RankBlocks(
         on_device(first, torch.int32), on_device(count, torch.int32), on_device(a, torch.int64),
-        on_device(b, torch.int64), on_device(rank, torch.int32), on_device(scale, torch.float32), pool.to(device),
+        on_device(b, torch.int64), on_device(rank, torch.int32), on_device(scale, torch.float32),
+        pool.to(device, dtype),
     )  # fmt: skip
 
 
@@ -93,6 +111,34 @@ def test_matches_reference(
     z = shrunk(len(slots) + 3, depth, 12 * RANKS, config, device).fill_(torch.nan)
     lora_add(y, x, table, 1, widths, tiles, z, config)
     assert_close(y.double(), expected, TOLERANCE[dtype])
+
+
+def test_any_rank(device: str) -> None:
+    """512 beside 1, on one of two members only."""
+    table = make_table(70, (40, 33), torch.float32, device, [[16] * 32, [1]])
+    for config in SMALL.values():
+        tiles = make_tiles([0, 0, -1, 1], config.rows, 0, device)
+        x, y = torch.randn(4, 70, device=device) / 70**0.5, torch.randn(4, 73, device=device)
+        expected = y.double()
+        lora_add_torch(expected, x.double(), table, 1, (40, 33), tiles)
+        z = shrunk(4, 70, 64 * RANKS, config, device).fill_(torch.nan)
+        lora_add(y, x, table, 1, (40, 33), tiles, z, config)
+        assert_close(y.double(), expected, 3e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 8}, "rows = 8 must be at least 16"),
+        ({"columns": 96}, "columns = 96 must be a power of two"),
+        ({"slice": 700}, "slice = 700 must be a multiple"),
+        ({"group": -1}, "group = -1 must be at least 0"),
+        ({"stages": 0}, "stages = 0 must be at least 1"),
+    ],
+)
+def test_configurations_that_cannot_be(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(PREFILL, **options)  # type: ignore[arg-type]
 
 
 def test_row_tiles_cut_runs_and_leave_out_the_base() -> None:

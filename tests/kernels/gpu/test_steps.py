@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -12,20 +14,22 @@ from motet.adapters.gpu_table import GpuTable
 from motet.adapters.image import pack
 from motet.engine.gpu_inputs import StepBuilder
 from motet.layers.gpu import GpuDevice
+from motet.layers.mlp import SparseMLP
 from motet.memory.pool import Pool
 from motet.models.registry import load_model, load_spec
 from motet.types import BASE, Chunk, Plan
 from tests.close import assert_close
 from tests.formats import FAMILIES, write_all
+from tests.models.test_deepseek import change_config, change_weights, in_eight_bits, in_full
 from tests.parity import reference_logits
 from tests.tiny import VOCAB, write_model
 
 LENGTHS = (1, 9, 19, 5, 7, 8, 5, 7, 6, 9, 4)
 PAGE_TOKENS = 8
-SERVED = [kind for kind in FAMILIES if "deepseek" not in kind]
+INTERPRETED = ["qwen3-moe", "gpt-oss", "deepseek-v2-lite", "deepseek-v3"]
 
 
-@pytest.mark.parametrize("kind", SERVED if torch.cuda.is_available() else ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("kind", FAMILIES if torch.cuda.is_available() else INTERPRETED)
 def test_steps_match_peft(kind: str, tmp_path: Path, device: str) -> None:
     """In float32, which the interpreter gets right; every format of adapters in one batch."""
     layers = {} if device == "cuda" else {"num_hidden_layers": 2}  # the interpreter takes a minute for each
@@ -71,3 +75,43 @@ def test_steps_match_peft(kind: str, tmp_path: Path, device: str) -> None:
             chunks,
             decoder(builder.decode_batch(staging, True, builder.idle(chunks), pdl=False))[: len(chunks)],
         )
+
+
+def tensors(part: object) -> Iterator[torch.Tensor]:
+    """All tensors of a tree of dataclasses, in their order."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, list):
+        for one in part:
+            yield from tensors(one)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from tensors(getattr(part, field.name))
+
+
+def test_eight_bit_weights_become_bfloat16_and_vectors_are_not_rounded(tmp_path: Path, device: str) -> None:
+    small, full = (write_model(tmp_path / name, "deepseek-v3") for name in ("small", "full"))
+    block, bias = (16, 9), 5 + torch.arange(12) * 2**-12
+
+    def changed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: bias.clone() if name.endswith("correction_bias") else one for name, one in weights.items()
+        }
+
+    change_weights(small, lambda weights: in_eight_bits(changed(weights), block))
+    change_weights(full, lambda weights: in_full(in_eight_bits(changed(weights), block), block))
+    change_config(small, quantization_config={"quant_method": "fp8", "weight_block_size": block})
+    decoders = [
+        load_model(model, load_spec(model), 64, device=GpuDevice(torch.device(device))).decoder
+        for model in (small, full)
+    ]
+    found = list(zip(*(tensors(decoder) for decoder in decoders), strict=True))
+    assert len(found) > 40
+    for one, other in found:
+        assert one.dtype in (torch.bfloat16, torch.float32)
+        assert one.device.type == device
+        assert torch.equal(one, other)
+    mlp = decoders[0].layers[2].mlp
+    assert isinstance(mlp, SparseMLP)
+    assert mlp.rule.bias is not None
+    assert torch.equal(mlp.rule.bias.cpu(), bias)

@@ -235,7 +235,7 @@ def _look(  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _nothing(ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def nothing_seen(ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """acc, top and total before any key; see `_look`."""
     return (
         tl.zeros([ROWS, COLUMNS], tl.float32),
@@ -245,12 +245,12 @@ def _nothing(ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-unty
 
 
 @kernel()
-def _combine(  # type: ignore[no-untyped-def]
+def combine_splits(  # type: ignore[no-untyped-def]
     partial, state, slot, splits, used, inside, d, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """acc, top and total of all splits, added up in their order, four of them on their way at a time."""
-    acc, top, total = _nothing(BLOCK_H, BLOCK_D)
+    acc, top, total = nothing_seen(BLOCK_H, BLOCK_D)
     for four in range(0, splits, 4):
         for i in tl.static_range(4):
             there = used & (four + i < splits)
@@ -296,10 +296,10 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     q = tl.load(q_row + head[:, None] * DIM + d[None, :], inside, other=0.0)
     table = pages + b.to(tl.int64) * pages_stride
     place = layer.to(tl.int64) * (2 * PLANE) + kv_head * (PAGE_TOKENS * DIM)
-    acc, top, total = _nothing(BLOCK_H, BLOCK_D)
+    acc, top, total = nothing_seen(BLOCK_H, BLOCK_D)
     slot = (b.to(tl.int64) * MAX_SPLITS) * NUM_HEADS + head  # where this head's first split goes
     for split in range(worker, splits, workers):
-        acc, top, total = _nothing(BLOCK_H, BLOCK_D)
+        acc, top, total = nothing_seen(BLOCK_H, BLOCK_D)
         end = tl.minimum(begin + (split + 1) * size, length)
         for start in range(begin + split * size, end, BLOCK_N):
             acc, top, total = _look(
@@ -318,7 +318,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         if arrived < tl.minimum(splits, workers) - 1:
             return
         tl.store(arrivals + b * NUM_KV_HEADS + kv_head, 0)
-        acc, top, total = _combine(
+        acc, top, total = combine_splits(
             partial, state, slot, splits, g < GROUP, inside, d, NUM_HEADS, DIM, BLOCK_H, BLOCK_D
         )
     if SINKS:
@@ -358,7 +358,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     place = layer.to(tl.int64) * (2 * PLANE) + kv_head * (PAGE_TOKENS * DIM)
     last = (position + query)[:, None]
     first = _first_key(last, WINDOW, CHUNK)
-    acc, top, total = _nothing(BLOCK_M, BLOCK_D)
+    acc, top, total = nothing_seen(BLOCK_M, BLOCK_D)
     if SINKS:
         top = tl.load(sinks + head) * 1.4426950408889634
         total += 1.0

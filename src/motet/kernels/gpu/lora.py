@@ -11,14 +11,18 @@ and which rows take which slot is data; the grids depend on shapes only. Program
 the base model are in no tile, any rank works (programs loop over rank blocks), and slices of K are added in a fixed
 order. Where gate and up share A, both read the same addresses at the same time: the second read hits the L2 cache.
 
+Programs are numbered so that those of `group` tiles that take the same ranks or columns follow each other, then those
+of the next ranks or columns, then the next tiles: a factor is fetched into the L2 cache once per group. Masks of K and
+of columns go where sizes divide.
+
 The factors, tiles and the table are read before waiting for the kernel in front: no kernel of the same chain may write
-them.
+them. Shrink lets its successor start when x is complete, so that `dense` may multiply by x while shrink runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,10 +31,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from motet.errors import ConfigError
 from motet.kernels.gpu.jit import kernel, launch_options, tl, triton
 
 RANKS = 16
 """Most ranks of a rank block: the depth of one tensor-core product."""
+TILES = ("tile_slot", "tile_start", "tile_rows")
+"""Arguments that are not specialised on where they begin: they are rows of a matrix as wide as a step has tiles."""
 FACTOR_ALIGNMENT = 32
 """Factors begin at multiples of so many elements (64 bytes) of the pool."""
 
@@ -61,12 +68,25 @@ class LoraTiles:
     rows: Tensor
 
 
+def check_config(config: object, least: Mapping[str, int], powers: Collection[str]) -> None:
+    """ConfigError that names a field of a dataclass of numbers below its `least` (if not given, 1), or one of `powers`
+    that is no power of two."""
+    for name, value in vars(config).items():
+        if isinstance(value, bool):
+            continue
+        if value < least.get(name, 1):
+            raise ConfigError(f"{name} = {value} must be at least {least.get(name, 1)}")
+        if name in powers and value & (value - 1):
+            raise ConfigError(f"{name} = {value} must be a power of two")
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """How the pair of kernels is compiled.
 
     `rows` of a tile. Shrink: `slice` of K per program, `depth` of it per step of the loop, `ranks` per program,
-    `groups` of programs over the ranks, each taking its share. Expand: `columns` of y, `expand_ranks` per step.
+    `groups` of programs over the ranks, each taking its share. Expand: `columns` of y, `expand_ranks` per step. Both:
+    tiles of a `group` (0: all), whether masks go where sizes divide (`even`).
     """
 
     rows: int
@@ -79,6 +99,15 @@ class LoraConfig:
     expand_ranks: int
     expand_warps: int
     stages: int = 3
+    group: int = 0
+    even: bool = True
+
+    def __post_init__(self) -> None:
+        tiles = ("rows", "depth", "ranks", "columns", "expand_ranks")
+        least = dict.fromkeys(tiles, RANKS) | {"group": 0}
+        check_config(self, least, (*tiles, "shrink_warps", "expand_warps"))
+        if self.slice % self.depth:
+            raise ConfigError(f"slice = {self.slice} must be a multiple of depth = {self.depth}")
 
     def slices(self, depth: int) -> int:
         """How many partial sums shrink leaves of a dot product `depth` long."""
@@ -164,11 +193,13 @@ def lora_shrink(
     assert z.shape[1] >= len(x)
     if len(tiles.slot):
         groups = min(config.groups, -(-z.shape[2] // config.ranks))
-        _shrink_kernel[(len(tiles.slot), groups, z.shape[0])](
+        together = config.group or len(tiles.slot)
+        _shrink_kernel[(triton.cdiv(len(tiles.slot), together) * together * groups, z.shape[0])](
             x, z, tiles.slot, tiles.start, tiles.rows, table.first, table.count, table.a, table.rank, table.pool,
-            site, table.first.stride(0), z.shape[1], z.shape[2], MEMBERS=members, DEPTH=depth,
-            ALIGNED=math.gcd(depth, FACTOR_ALIGNMENT), SLICE=config.slice, BLOCK_M=config.rows, BLOCK_R=config.ranks,
-            BLOCK_K=config.depth, STAGES=config.stages, num_warps=config.shrink_warps, **launch_options(pdl),
+            len(tiles.slot), together, groups, site, table.first.stride(0), z.shape[1], z.shape[2], MEMBERS=members,
+            DEPTH=depth, ALIGNED=math.gcd(depth, FACTOR_ALIGNMENT), SLICE=config.slice, BLOCK_M=config.rows,
+            BLOCK_R=config.ranks, BLOCK_K=config.depth, EVEN=config.even and depth % config.depth == 0,
+            STAGES=config.stages, num_warps=config.shrink_warps, **launch_options(pdl),
         )  # fmt: skip
 
 
@@ -188,25 +219,36 @@ def lora_expand(
     assert y.shape[1] == sum(widths)
     if len(tiles.slot):
         blocks = sum(-(-width // config.columns) for width in widths)
-        _expand_kernel[(len(tiles.slot), blocks)](
+        together = config.group or len(tiles.slot)
+        _expand_kernel[(triton.cdiv(len(tiles.slot), together) * together * blocks,)](
             y, z, tiles.slot, tiles.start, tiles.rows, table.first, table.count, table.b, table.rank, table.scale,
-            table.pool, site, table.first.stride(0), z.shape[1], z.shape[2], MEMBERS=len(widths),
-            WIDTHS=tuple(widths), TOTAL=sum(widths), ALIGNED=math.gcd(*widths, FACTOR_ALIGNMENT), SLICES=z.shape[0],
+            table.pool, len(tiles.slot), together, site, table.first.stride(0), z.shape[1], z.shape[2],
+            MEMBERS=len(widths), WIDTHS=tuple(widths), TOTAL=sum(widths), BLOCKS=blocks,
+            ALIGNED=math.gcd(*widths, FACTOR_ALIGNMENT), SLICES=z.shape[0],
             SLICES_PADDED=triton.next_power_of_2(z.shape[0]), BLOCK_M=config.rows, BLOCK_R=config.expand_ranks,
-            BLOCK_N=config.columns, num_warps=config.expand_warps, **launch_options(pdl),
+            BLOCK_N=config.columns, EVEN=config.even and all(width % config.columns == 0 for width in widths),
+            num_warps=config.expand_warps, **launch_options(pdl),
         )  # fmt: skip
 
 
-@kernel(do_not_specialize=["site", "slots", "z_rows"])
+@kernel()
+def _place(program, across, together, tiles, tile_rows):  # type: ignore[no-untyped-def]
+    """A program's tile, its rows, and which of the `across` programs of the tile it is."""
+    within = program % (together * across)
+    tile = program // (together * across) * together + within % together
+    return tile, tl.load(tile_rows + tile, tile < tiles, other=0), within // together
+
+
+@kernel(do_not_specialize=[*TILES, "tiles", "together", "groups", "site", "slots", "z_rows"])
 def _shrink_kernel(  # type: ignore[no-untyped-def]
-    x, z, tile_slot, tile_start, tile_rows, first, count, a, rank, pool, site, slots, z_rows, z_columns,
+    x, z, tile_slot, tile_start, tile_rows, first, count, a, rank, pool, tiles, together, groups, site, slots, z_rows,
+    z_columns,
     MEMBERS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr, SLICE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    rows, slot, start = tl.load(tile_rows + tile), tl.load(tile_slot + tile), tl.load(tile_start + tile)
+    tile, rows, group = _place(tl.program_id(0), groups, together, tiles, tile_rows)
+    split = tl.program_id(1)
+    slot, start = tl.load(tile_slot + tile, rows > 0, other=0), tl.load(tile_start + tile, rows > 0, other=0)
     blocks = 0
     if rows > 0:
         for member in tl.static_range(MEMBERS):
@@ -216,10 +258,9 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     z_row = z + (split.to(tl.int64) * z_rows + start + m)[:, None] * z_columns
     if PDL and BLOCK_K < SLICE:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     # Not pipelined: that would move the reads of x in front of the wait.
-    for begin in tl.range(
-        tl.program_id(1) * (BLOCK_R // 16), blocks, tl.num_programs(1) * (BLOCK_R // 16), num_stages=1
-    ):
+    for begin in tl.range(group * (BLOCK_R // 16), blocks, groups * (BLOCK_R // 16), num_stages=1):
         block = begin + c // 16
         index, before = block * 0, 0
         for member in tl.static_range(MEMBERS):
@@ -233,36 +274,44 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
         acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         if BLOCK_K >= SLICE:  # the factor is on its way while the kernel in front ends
             column = split * SLICE + k
-            inside = (column < DEPTH)[None, :]
-            w = tl.load(pool + factor[:, None] + column[None, :], there[:, None] & inside, other=0.0)
+            mine, wanted = there[:, None], (m < rows)[:, None]
+            if not EVEN:
+                mine, wanted = mine & (column < DEPTH)[None, :], wanted & (column < DEPTH)[None, :]
+            w = tl.load(pool + factor[:, None] + column[None, :], mine, other=0.0)
             if PDL:
                 tl.extra.cuda.gdc_wait()
-            v = tl.load(x_row + column[None, :], (m < rows)[:, None] & inside, other=0.0)
+                tl.extra.cuda.gdc_launch_dependents()
+            v = tl.load(x_row + column[None, :], wanted, other=0.0)
             acc = tl.dot(v, tl.trans(w).to(v.dtype), acc, input_precision="ieee")
         else:
             for step in tl.range(
                 split * SLICE, tl.minimum(split * SLICE + SLICE, DEPTH), BLOCK_K, num_stages=STAGES
             ):
                 column = step + k
-                inside = (column < DEPTH)[None, :]
-                w = tl.load(pool + factor[:, None] + column[None, :], there[:, None] & inside, other=0.0)
-                v = tl.load(x_row + column[None, :], (m < rows)[:, None] & inside, other=0.0)
+                mine, wanted = there[:, None], (m < rows)[:, None]
+                if not EVEN:
+                    mine, wanted = mine & (column < DEPTH)[None, :], wanted & (column < DEPTH)[None, :]
+                w = tl.load(pool + factor[:, None] + column[None, :], mine, other=0.0)
+                v = tl.load(x_row + column[None, :], wanted, other=0.0)
                 acc = tl.dot(v, tl.trans(w).to(v.dtype), acc, input_precision="ieee")
         tl.store(z_row + (begin * 16 + c)[None, :], acc, (m < rows)[:, None] & (block < blocks)[None, :])
-    if PDL:
+    if PDL:  # programs without work too, the wait first
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
-@kernel(do_not_specialize=["site", "slots", "z_rows"])
+@kernel(do_not_specialize=[*TILES, "tiles", "together", "site", "slots", "z_rows"])
 def _expand_kernel(  # type: ignore[no-untyped-def]
-    y, z, tile_slot, tile_start, tile_rows, first, count, b, rank, scale, pool, site, slots, z_rows, z_columns,
-    MEMBERS: tl.constexpr, WIDTHS: tl.constexpr, TOTAL: tl.constexpr, ALIGNED: tl.constexpr, SLICES: tl.constexpr,
-    SLICES_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    y, z, tile_slot, tile_start, tile_rows, first, count, b, rank, scale, pool, tiles, together, site, slots, z_rows,
+    z_columns,
+    MEMBERS: tl.constexpr, WIDTHS: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
+    SLICES: tl.constexpr, SLICES_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tile, n_block = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    rows, slot, start = tl.load(tile_rows + tile), tl.load(tile_slot + tile), tl.load(tile_start + tile)
+    tile, rows, n_block = _place(tl.program_id(0), BLOCKS, together, tiles, tile_rows)
+    slot, start = tl.load(tile_slot + tile, rows > 0, other=0), tl.load(tile_start + tile, rows > 0, other=0)
     # Whose columns these are: `width` of them from column `origin` of y, `skipped` rank blocks before them in z.
     width, origin, where, skipped, passed, blocks, counted = 0, 0, 0, 0, 0, 0, 0
     left = 0
@@ -287,12 +336,14 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
 
     m, c, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), left + tl.arange(0, BLOCK_N)
     run = tl.load(first + where) + c // 16
-    w = _expand_factor(pool, b, rank, run, blocks - c // 16, c % 16, width, n, ALIGNED)
+    w = _expand_factor(pool, b, rank, run, blocks - c // 16, c % 16, width, n, ALIGNED, EVEN)
     if PDL:  # with the first factors on their way
         tl.extra.cuda.gdc_wait()
     to = y + (start + m).to(tl.int64)[:, None] * TOTAL + tl.multiple_of(origin + left, ALIGNED)
     to += tl.arange(0, BLOCK_N)[None, :]
-    inside = (m < rows)[:, None] & (n < width)[None, :]
+    inside = (m < rows)[:, None]
+    if not EVEN:
+        inside = inside & (n < width)[None, :]
     acc = tl.load(to, inside, other=0.0).to(tl.float32)
     part = tl.arange(0, SLICES_PADDED)[:, None, None]
     z_row = z + (part.to(tl.int64) * z_rows + (start + m)[None, :, None]) * z_columns
@@ -305,16 +356,21 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         v = (tl.sum(parts, axis=0) * by[None, :]).to(y.dtype.element_ty)
         acc = tl.dot(v, w.to(v.dtype), acc, input_precision="ieee")
         ahead = begin + BLOCK_R // 16
-        w = _expand_factor(pool, b, rank, run + ahead, blocks - ahead - c // 16, c % 16, width, n, ALIGNED)
+        w = _expand_factor(
+            pool, b, rank, run + ahead, blocks - ahead - c // 16, c % 16, width, n, ALIGNED, EVEN
+        )
     tl.store(to, acc.to(y.dtype.element_ty), inside)
 
 
 @kernel()
 def _expand_factor(  # type: ignore[no-untyped-def]
-    pool, b, rank, block, remaining, r, width, n, ALIGNED: tl.constexpr
+    pool, b, rank, block, remaining, r, width, n, ALIGNED: tl.constexpr, EVEN: tl.constexpr
 ):
     """Columns n of the ranks r [R] of rank blocks `block` [R], zeros where no block is `remaining`."""
     there = remaining > 0
     at = tl.multiple_of(tl.load(b + block, there, other=0) + r * width, ALIGNED)
     there &= r < tl.load(rank + block, there, other=0)
-    return tl.load(pool + at[:, None] + n[None, :], there[:, None] & (n < width)[None, :], other=0.0)
+    inside = there[:, None]
+    if not EVEN:
+        inside = inside & (n < width)[None, :]
+    return tl.load(pool + at[:, None] + n[None, :], inside, other=0.0)

@@ -1,0 +1,534 @@
+"""What each device of the GPU path buys: measured with it and without it: `python benchmarks/ablation.py [--json]`.
+
+Runs on one GPU, on a random stack of gpt-oss-20b's shape with few layers that is made in its memory: a decode step of
+16 rows with 8 adapters of rank 32 at 1,900 tokens of context, a prompt of 1,600 tokens with an adapter, or where a step
+does not show it the kernels alone. Steps are medians of graph replays, so what the host does is not in them.
+
+Everything that is switched is an option by name: configurations (`dense.DenseConfig`, `lora.LoraConfig`,
+`moe_lora.ShrinkConfig`, `moe.ProductConfig`) through a folder of tuned configurations, `pdl` and `idle` of a batch,
+`dense.MOST_ROWS`, `do_not_specialize` of a kernel. About two minutes, most of it compilation; what does not fit into
+--seconds is left out and listed. --only NAME … measures some; --json prints a JSON line per row instead of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import pkgutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import GptOssConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.gpu.measure import Call, measure  # first: it finds Motet
+from benchmarks.gpu.random_checkpoint import COMMON, CONFIGS
+from motet.adapters.gpu_table import GpuTable
+from motet.adapters.image import ChunkTable
+from motet.engine.gpu_inputs import StepBuilder
+from motet.kernels import gpu as kernels
+from motet.kernels.gpu import dense, jit, lora, moe_lora, tuned
+from motet.kernels.gpu.dense import dense_config, dense_product
+from motet.kernels.gpu.moe import product_config, tile_rows
+from motet.kernels.lora import BFLOAT16, FLOAT32
+from motet.layers.attention import Attention
+from motet.layers.batch import LinearMap
+from motet.layers.decoder import Decoder
+from motet.layers.gpu import GpuBatch, GpuDevice
+from motet.layers.mlp import SparseMLP
+from motet.memory.pool import Pool, page_bytes
+from motet.models import gpt_oss
+from motet.models.weights import Weights
+from motet.types import BASE, Chunk, ModelSpec, Plan
+
+Clock = Callable[[list[Call], int], float]
+"""Microseconds of a call, of graphs of about so many."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The stack and its work. `lengths` are prompts for which compilations are counted."""
+
+    config: Mapping[str, Any]
+    rows: int = 16
+    context: int = 1900
+    prompt: int = 1600
+    adapters: int = 8
+    rank: int = 32
+    page_tokens: int = 16
+    lengths: tuple[int, ...] = (*range(1, 65), *range(65, 4096, 61), 4096)
+
+
+def gpt_oss_20b(layers: int) -> Size:
+    return Size({**COMMON, **CONFIGS["gpt-oss-20b"], "num_hidden_layers": layers})
+
+
+class RandomWeights(Weights):
+    """Weights of any name and shape, made where they are used."""
+
+    def __init__(self, device: GpuDevice) -> None:
+        super().__init__({}, device, lambda _fraction: None)
+        self._place = device.device
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def _open(self, name: str, *shape: int, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+        if torch.uint8 in dtypes:
+            low, high = (116, 121) if name.endswith("_scales") else (0, 256)
+            return torch.randint(low, high, shape, dtype=torch.uint8, device=self._place)
+        return torch.empty(shape, dtype=torch.bfloat16, device=self._place).normal_(0, 0.02)
+
+    def _taken(self, name: str, tensor: Tensor) -> Tensor:
+        del name
+        return tensor
+
+
+class Stack:
+    """A decoder, a pool with adapters and KV in it, and the steps that are measured."""
+
+    def __init__(
+        self, size: Size, clock: Clock, device: str = "cuda", kind: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.size, self.clock = size, clock
+        self.folder: Path | None = None
+        self.gpu = torch.cuda.get_device_name() if device == "cuda" else device
+        config = GptOssConfig(**size.config)
+        self.spec = gpt_oss.spec(config, "random", "")
+        place = GpuDevice(torch.device(device), kind)
+        self.positions = max(size.context + 1, size.prompt, *size.lengths)
+        self.decoder: Decoder = gpt_oss.build(config, self.spec, RandomWeights(place), self.positions)
+        each = page_bytes(self.spec, size.page_tokens, kind)
+        self.adapter_pages = -(-_adapter_bytes(self.spec, size.rank, kind) // each)
+        self.pages = -(-self.positions // size.page_tokens) * len(self.spec.kv_groups)
+        total = size.adapters * self.adapter_pages + size.rows * self.pages
+        self.pool = Pool(self.spec, total * each, size.page_tokens, kind, device)
+        self.pool.flat.view(kind).normal_(0, 0.02)
+        self.table = GpuTable(len(self.spec.sites), self.pool.flat, self.pool.page_bytes, kind)
+        self.digests = [f"adapter {i}" for i in range(size.adapters)]
+        for i, digest in enumerate(self.digests):
+            self.table.add(digest, _chunks(self.spec, size.rank, kind), (i * self.adapter_pages,))
+
+    def builder(self) -> StepBuilder:
+        """One that has asked for the configurations of now."""
+        rows = max(self.size.rows, 2)
+        return StepBuilder(self.pool, self.table, self.positions, self.spec.num_heads, rows)
+
+    def chunk(self, seq: int, start: int, length: int, adapter: str) -> Chunk:
+        """Tokens of sequence `seq`, in pages of its own."""
+        groups = len(self.spec.kv_groups)
+        first = self.size.adapters * self.adapter_pages + seq * self.pages
+        each = self.pages // groups
+        used = -(-(start + length) // self.size.page_tokens)
+        pages = tuple(tuple(range(first + g * each, first + g * each + used)) for g in range(groups))
+        return Chunk(seq, (1 + seq,) * length, start, pages, adapter, True)
+
+    def decode(
+        self, *, adapted: bool = True, launch_lora: bool = True, idle: bool = True, pdl: bool = True
+    ) -> GpuBatch:
+        """A step of single tokens: with adapters, with LoRA kernels, not launching those that have nothing to do."""
+        builder, context = self.builder(), self.size.context
+        digests = [self.digests[i % len(self.digests)] if adapted else BASE for i in range(self.size.rows)]
+        chunks = [self.chunk(i, context, 1, digest) for i, digest in enumerate(digests)]
+        chunks = builder.ordered(Plan(chunks=tuple(chunks)))
+        staging = builder.captured(len(chunks))
+        builder.fill_decode(staging, chunks)
+        staging.upload()
+        idle_sites = builder.idle(chunks) if idle else frozenset[int]()
+        return builder.decode_batch(staging, launch_lora, idle_sites, pdl)
+
+    def prefill(
+        self, length: int = 0, *, adapted: bool = True, idle: bool = True, pdl: bool = True
+    ) -> GpuBatch:
+        """A step with a prompt."""
+        builder = self.builder()
+        if not idle:
+            builder.rare = frozenset()
+        digest = self.digests[0] if adapted else BASE
+        return builder.batch([self.chunk(0, 0, length or self.size.prompt, digest)], pdl)
+
+    def ms(self, batch: GpuBatch) -> float:
+        """Milliseconds of a step."""
+        with torch.inference_mode():
+            return (
+                self.clock([partial(self.decoder, batch)], 4 if len(batch.tokens) <= self.size.rows else 2)
+                / 1e3
+            )
+
+    def us(self, calls: list[Call]) -> float:
+        """Microseconds of a kernel or two."""
+        with torch.inference_mode():
+            return self.clock(calls, 48)
+
+    @property
+    def maps(self) -> list[tuple[LinearMap, LinearMap]]:
+        """qkv and o of every layer."""
+        found = [layer.attention for layer in self.decoder.layers]
+        return [(one.qkv, one.out) for one in found if isinstance(one, Attention)]
+
+    def defaults(self, operation: str, **changes: Any) -> list[tuple[tuned.Shape, Any]]:
+        """What an operation is configured with at every shape of the stack, with these changes."""
+        found: list[tuple[tuned.Shape, Any]] = []
+        typical = {"hidden": self.spec.hidden_size, "rank": tuned.TYPICAL_RANK}
+        first = self.decoder.layers[0]
+        assert isinstance(first.mlp, SparseMLP)
+        if operation == "dense_product":
+            for one in (*self.maps[0], first.mlp.router, self.decoder.head):
+                features, depth = one.weight.shape
+                found.append(({"features": features, "depth": depth}, dense_config(features, depth)))
+        elif operation == "moe_product":
+            for weights, sides in ((first.mlp.experts.gate_up, 2), (first.mlp.experts.down, 1)):
+                count, features, depth = weights.shape
+                rows = tile_rows(self.size.prompt, first.mlp.rule.top_k, count)
+                shape = {
+                    "features": features // sides,
+                    "depth": depth,
+                    "sides": sides,
+                    "rows": rows,
+                    "packed": 1,
+                }
+                found.append((shape, product_config(weights, sides, rows)))
+        else:
+            default = {
+                "lora_decode": lora.DECODE, "lora_prefill": lora.PREFILL, "moe_shrink_decode": moe_lora.DECODE,
+                "moe_shrink_prefill": moe_lora.PREFILL,
+            }[operation]  # fmt: skip
+            found.append((typical, default))
+        return [(shape, replace(tuned.tuned(operation, one, **shape), **changes)) for shape, one in found]
+
+    @contextmanager
+    def configured(self, **operations: Mapping[str, Any]) -> Iterator[None]:
+        """Within: these operations' configurations have these changes. They come from a folder, as a user's would."""
+        with tempfile.TemporaryDirectory() as folder:
+            for operation, changes in operations.items():
+                text = tuned.dump(self.gpu, operation, self.defaults(operation, **changes))
+                Path(folder, f"{operation}.json").write_text(text)
+            tuned.load(Path(folder), self.gpu)
+            try:
+                yield
+            finally:
+                tuned.load(None, self.gpu)
+
+
+def _adapter_bytes(spec: ModelSpec, rank: int, kind: torch.dtype) -> int:
+    return sum(
+        rank * (site.in_features + site.out_features) * kind.itemsize for site in _adapted(spec).values()
+    )
+
+
+def _adapted(spec: ModelSpec) -> dict[int, Any]:
+    return {i: site for i, site in enumerate(spec.sites) if site.module not in ("embed", "head", "router")}
+
+
+def _chunks(spec: ModelSpec, rank: int, kind: torch.dtype) -> ChunkTable:
+    """An adapter of all projections that lies in one run of pages; gate and up of an expert share A."""
+    rows, at, shared = [], 0, 0
+    code = BFLOAT16 if kind == torch.bfloat16 else FLOAT32
+    for i, site in _adapted(spec).items():
+        a = shared if site.module == "up" else at
+        shared, at = a, at + rank * site.in_features * kind.itemsize
+        rows.append((i, rank, code, 2.0, site.in_features, site.out_features, 0, a, 0, at))
+        at += rank * site.out_features * kind.itemsize
+    kinds = [np.int32] * 3 + [np.float32] + [np.int32] * 2 + [np.int64] * 4
+    columns: Any = [
+        np.array(values, kind) for values, kind in zip(zip(*rows, strict=True), kinds, strict=True)
+    ]
+    return ChunkTable(*columns)
+
+
+# What is switched
+
+
+@dataclass(frozen=True)
+class Row:
+    """`measure` with the device on and off, in `unit`."""
+
+    measure: str
+    on: float
+    off: float
+    unit: str = "ms"
+
+
+def no_specialisation(stack: Stack) -> Iterator[Row]:
+    """Kernels are not compiled for values of integers that vary with the lengths of contexts (do_not_specialize)."""
+    on, off = (_compilations(stack, specialise) for specialise in (False, True))
+    last = max(stack.size.lengths)
+    yield Row(f"kernels compiled for prompts of 1 to {last} tokens", on, off, "")
+
+
+def idle_sites(stack: Stack) -> Iterator[Row]:
+    """Nothing is launched for embedding, head and router where no adapter of the step has them."""
+    yield Row("decode step", stack.ms(stack.decode()), stack.ms(stack.decode(idle=False)))
+    yield Row("prompt", stack.ms(stack.prefill()), stack.ms(stack.prefill(idle=False)))
+
+
+def base_batches(stack: Stack) -> Iterator[Row]:
+    """A step whose rows are all of the base launches no LoRA kernel."""
+    on, off = (stack.decode(adapted=False, launch_lora=launched) for launched in (False, True))
+    yield Row("decode step of the base", stack.ms(on), stack.ms(off))
+
+
+def programmatic_launch(stack: Stack) -> Iterator[Row]:
+    """A kernel starts while the one in front of it ends (pdl)."""
+    yield Row("decode step", stack.ms(stack.decode()), stack.ms(stack.decode(pdl=False)))
+    yield Row("prompt", stack.ms(stack.prefill()), stack.ms(stack.prefill(pdl=False)))
+
+
+def split_shrink(stack: Stack) -> Iterator[Row]:
+    """Shrink cuts K into slices (dense projections), or columns among warps (experts)."""
+    on = stack.ms(stack.decode())
+    ((_, how),) = stack.defaults("lora_decode")
+    wide = max(one.weight.shape[1] for pair in stack.maps for one in pair)
+    with stack.configured(lora_decode={"slice": -(-wide // how.depth) * how.depth}):
+        yield Row("decode step: slices of dense shrink", on, stack.ms(stack.decode()))
+    with stack.configured(moe_shrink_decode={"split": False}):
+        yield Row("decode step: warps of expert shrink", on, stack.ms(stack.decode()))
+
+
+def split_product(stack: Stack) -> Iterator[Row]:
+    """Products of few features split their sums; the last program of a block adds them up."""
+    on = stack.ms(stack.decode())
+    with stack.configured(dense_product={"splits": 1}):
+        yield Row("decode step", on, stack.ms(stack.decode()))
+
+
+def grouped_order(stack: Stack) -> Iterator[Row]:
+    """Programs are numbered so that tiles which share weights or factors run together (`group`)."""
+    default = stack.ms(stack.prefill())
+    with stack.configured(moe_product={"group": 1}):
+        yield Row("prompt: experts, tiles of a group / one by one", default, stack.ms(stack.prefill()))
+    with stack.configured(lora_prefill={"group": 8}):
+        grouped = stack.ms(stack.prefill())
+    with stack.configured(lora_prefill={"group": 0}):
+        yield Row("prompt: dense LoRA, 8 tiles / all", grouped, stack.ms(stack.prefill()))
+
+
+def even_k(stack: Stack) -> Iterator[Row]:
+    """No masks where block sizes divide (`even`)."""
+    decode, prefill = stack.ms(stack.decode()), stack.ms(stack.prefill())
+    off = {"even": False}
+    with stack.configured(dense_product=off):
+        yield Row("decode step: products", decode, stack.ms(stack.decode()))
+    with stack.configured(lora_decode=off, lora_prefill=off):
+        yield Row("decode step: shrink", decode, stack.ms(stack.decode()))
+        yield Row("prompt: shrink and expand", prefill, stack.ms(stack.prefill()))
+
+
+def expand_in_place(stack: Stack) -> Iterator[Row]:
+    """Expand is part of the product, or adds to the product's output, and makes no tensor of its own."""
+    rows, prompt = stack.decode(), stack.prefill()
+    fused = stack.us([partial(_linear, rows, pair) for pair in stack.maps])
+    place, tensor = (
+        stack.us([partial(_updated, rows, pair, separate) for pair in stack.maps])
+        for separate in (False, True)
+    )
+    size = stack.size
+    yield Row(f"qkv and o of {size.rows} rows: in the product / added to its output", fused, place, "us")
+    yield Row(f"qkv and o of {size.rows} rows: added to its output / by another tensor", place, tensor, "us")
+    place, tensor = (
+        stack.us([partial(_updated, prompt, pair, separate) for pair in stack.maps])
+        for separate in (False, True)
+    )
+    yield Row(
+        f"qkv and o of {size.prompt} rows: added to its output / by another tensor", place, tensor, "us"
+    )
+
+
+def few_rows(stack: Stack) -> Iterator[Row]:
+    """Few rows are multiplied by a kernel made for them, with the update in it, and not by cuBLAS (MOST_ROWS)."""
+    for name, adapted in (("", True), (" of the base", False)):
+        batch = stack.decode(adapted=adapted, launch_lora=adapted)
+        on = stack.ms(batch)
+        with mock.patch.object(dense, "MOST_ROWS", 0):
+            yield Row(f"decode step{name}", on, stack.ms(batch))
+
+
+def tuned_configurations(stack: Stack) -> Iterator[Row]:
+    """Configurations from --tuned-configs, or those shipped, instead of the defaults."""
+    try:
+        tuned.load(stack.folder, stack.gpu)
+        on = stack.ms(stack.decode()), stack.ms(stack.prefill())
+        tuned.load(None, "no device")
+        off = stack.ms(stack.decode()), stack.ms(stack.prefill())
+    finally:
+        tuned.load(None, stack.gpu)
+    yield Row("decode step", on[0], off[0])
+    yield Row("prompt", on[1], off[1])
+
+
+ABLATIONS: dict[str, Callable[[Stack], Iterator[Row]]] = {
+    one.__name__: one
+    for one in (
+        few_rows, expand_in_place, programmatic_launch, split_product, split_shrink, idle_sites, base_batches, even_k,
+        grouped_order, tuned_configurations, no_specialisation,
+    )
+}  # fmt: skip
+
+
+def _linear(batch: GpuBatch, pair: tuple[LinearMap, LinearMap]) -> None:
+    """qkv and o as a step has them."""
+    for one in pair:
+        batch.linear(_input(batch, one), one)
+
+
+def _updated(batch: GpuBatch, pair: tuple[LinearMap, LinearMap], separate: bool) -> None:
+    """The same with the update after the product: in place, or `separate`."""
+    assert batch.lora is not None
+    how = batch.lora
+    for one in pair:
+        x = _input(batch, one)
+        if len(x) <= dense.MOST_ROWS:
+            y = x.new_empty(len(x), len(one.weight))
+            features, depth = one.weight.shape
+            config = dense_config(features, depth)
+            config = tuned.tuned("dense_product", config, features=features, depth=depth)
+            dense_product(x, one.weight, one.bias, y, batch.arrived, config, pdl=batch.pdl)
+        else:
+            y = linear(x, one.weight, one.bias)
+        z = lora.shrunk(
+            len(x), x.shape[1], len(one.widths) * how.rank_blocks * lora.RANKS, how.config, x.device
+        )
+        to = torch.zeros_like(y) if separate else y
+        lora.lora_add(to, x, how.table, one.site, one.widths, how.tiles, z, how.config, pdl=batch.pdl)
+        if separate:
+            y += to
+
+
+def _input(batch: GpuBatch, one: LinearMap) -> Tensor:
+    """Something to multiply: keys and values of the pool."""
+    size = len(batch.tokens) * one.weight.shape[1]
+    found: Tensor = batch.kv.flat[:size].view(len(batch.tokens), -1)
+    return found
+
+
+def _compilations(stack: Stack, specialise: bool) -> int:
+    """How many kernels prompts of all lengths ask for that begin with none; `specialise` drops do_not_specialize.
+
+    They are counted and neither compiled nor run, but for the one whose results torch uses as indices.
+    """
+    wanted: set[str] = set()
+
+    def count(**facts: Any) -> bool:
+        wanted.add(f"{facts['repr']} {facts['key']}")
+        return not str(facts["repr"]).startswith("_known_tokens")
+
+    with ExitStack() as patches, torch.inference_mode():
+        for module, name, function in _kernels():
+            options = {} if specialise else {"do_not_specialize": function.do_not_specialize}
+            patches.enter_context(mock.patch.object(module, name, jit.triton.jit(function.fn, **options)))
+        patches.enter_context(mock.patch.object(jit.triton.knobs.runtime, "jit_cache_hook", count))
+        short = replace(stack.decoder, layers=stack.decoder.layers[:2])
+        for length in stack.size.lengths:
+            for adapted in (False, True):
+                short(stack.prefill(length, adapted=adapted))
+    return len(wanted)
+
+
+def _kernels() -> Iterator[tuple[Any, str, Any]]:
+    """Module, name and function of all kernels with arguments that are not specialised."""
+    for found in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
+        for name, value in list(vars(module).items()):
+            if (
+                getattr(value, "do_not_specialize", None)
+                and getattr(value, "__module__", "") == module.__name__
+            ):
+                yield module, name, value
+
+
+# Running and printing
+
+
+@dataclass
+class Findings:
+    """Rows in the order they were measured, and what has none."""
+
+    rows: list[tuple[str, Row]] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def run(stack: Stack, names: Iterable[str], until: float) -> Findings:
+    """Measure these, as long as it is not `until` (monotonic seconds)."""
+    found = Findings()
+    for name in names:
+        if time.monotonic() > until:
+            found.missing[name] = "no time left"
+            continue
+        if name == "tuned_configurations" and stack.folder is None and not list(tuned.SHIPPED.glob("*.json")):
+            found.missing[name] = "none are shipped: give --tuned-configs DIR"
+            continue
+        begin = time.monotonic()
+        try:
+            found.rows += [(name, row) for row in ABLATIONS[name](stack)]
+        except Exception:  # noqa: BLE001  # the others may be fine
+            found.missing[name] = traceback.format_exc(limit=-3)
+        gc.collect()
+        print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def show(found: Findings, title: str) -> str:
+    """One table."""
+    lines = [f"{title}", f"{'':22} {'':62} {'with':>9} {'without':>9}  without / with"]
+    for name, row in found.rows:
+        ratio = f"{row.off / row.on:6.3f}" if row.on else ""
+        digits = 0 if row.unit == "" else 3 if row.unit == "ms" else 2
+        numbers = f"{row.on:9.{digits}f} {row.off:9.{digits}f} {row.unit:2} {ratio}"
+        lines.append(f"{name:22} {row.measure:62} {numbers}")
+    lines += [f"{name:22} not measured: {why}" for name, why in found.missing.items()]
+    return "\n".join(lines)
+
+
+def json_lines(found: Findings) -> Iterator[str]:
+    for name, row in found.rows:
+        yield json.dumps({"ablation": name, **asdict(row)})
+    for name, why in found.missing.items():
+        yield json.dumps({"ablation": name, "missing": why})
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), metavar="NAME")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=150, help="begin nothing after so many")
+    parser.add_argument(
+        "--tuned-configs", type=Path, metavar="DIR", help="what is compared with the defaults"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of the table")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options, begin = parse(), time.monotonic()
+    if not torch.cuda.is_available():
+        print("benchmarks/ablation.py measures GPU kernels, and torch finds no GPU here", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    stack = Stack(gpt_oss_20b(options.layers), lambda calls, launches: measure(calls, launches)[0])
+    stack.folder = options.tuned_configs
+    tuned.load(None, stack.gpu)
+    found = run(stack, options.only, begin + options.seconds)
+    title = f"{stack.gpu}, torch {torch.__version__}, {options.layers} layers of gpt-oss-20b's shape"
+    print("\n".join(json_lines(found)) if options.json else show(found, title))
+    return int(any(why != "no time left" and "tuned-configs" not in why for why in found.missing.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
