@@ -66,13 +66,21 @@ def test_replays_equal_launches_bit_for_bit(kind: str, tmp_path: Path) -> None:
     ]
     ordered = runner._builder.ordered(Plan(chunks=tuple(chunks)))
     with torch.inference_mode():
-        replayed = runner._logits(ordered)[:5].clone()
+        replayed = runner._compute(ordered)[:5].clone()
         staging = runner._staging[8]
         idle = runner._builder.idle(ordered)
         launched = runner.decoder(runner._builder.decode_batch(staging, True, idle, pdl=False))[:5]
         assert torch.equal(replayed, launched)
         for _ in range(100):
-            assert torch.equal(runner._logits(ordered)[:5], replayed)
+            assert torch.equal(runner._compute(ordered)[:5], replayed)
+        pages = tuple((40 + i, 30 + i) for i in range(groups))
+        prompt = Chunk(9, tuple(range(3, 24)), 0, pages, digest, True)
+        step = runner._builder.ordered(Plan(chunks=(*chunks, prompt)))
+        replayed = runner._compute(step)[:6].clone()
+        batch = runner._builder.prompt_batch(runner._prompts, 64, True, runner._builder.idle(step), pdl=False)
+        assert torch.equal(replayed, runner.decoder(batch)[:6])
+        for _ in range(100):
+            assert torch.equal(runner._compute(step)[:6], replayed)
     engine.close()
 
 

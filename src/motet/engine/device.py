@@ -108,4 +108,5 @@ def make_runner(config: EngineConfig, decoder: Decoder, pool: Pool, max_model_le
         return Runner(decoder, pool)
     from motet.engine.gpu_runner import GpuRunner
 
-    return GpuRunner(decoder, pool, max_model_len, config.max_running)
+    assert config.max_step_tokens is not None
+    return GpuRunner(decoder, pool, max_model_len, config.max_running, config.max_step_tokens)

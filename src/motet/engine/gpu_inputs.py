@@ -1,22 +1,25 @@
 """Plan → GpuBatch: the tensors of one step on a GPU.
 
-Rows are ordered by adapter slot, the base first, so that each adapter's rows are one run. A step of single tokens has a
-row count from BUCKETS, the rest is padding, and lives in tensors that never move: that is what graphs are captured on.
-Any other step gets tensors of its own. A token that the step before is still choosing is looked up on the device.
+Rows are ordered by adapter slot, the base first, so that each adapter's rows are one run. Graphs are captured on
+tensors that never move and have room for any step up to some size (`gpu_shapes`): what a step leaves of it is padding.
+A step for which no captured one has room gets tensors of its own. A token that the step before is still choosing is
+looked up on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from motet.adapters.gpu_table import GpuTable
+from motet.engine.gpu_shapes import INT, MOST_PROMPTS, Step, StepShape, cut, fields
 from motet.engine.inputs import kv_slots
-from motet.engine.staging import Field, Staging
+from motet.engine.staging import Staging
 from motet.kernels.gpu import dense, latent_attention, lora, moe_lora
 from motet.kernels.gpu.attention import (
     DecodeBatch,
@@ -32,50 +35,8 @@ from motet.layers.gpu import GpuBatch, GpuKV, GpuLora
 from motet.memory.pool import Pool
 from motet.types import PENDING, Chunk, Plan
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_RANK_BLOCKS = 512 // lora.RANKS
 """Rank blocks at one site that a captured step has room for."""
-INT = torch.int32
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """What the tensors of a step are made for."""
-
-    rows: int
-    sampled: int
-    decode: int
-    sequences: int
-    prefill_tiles: int
-    tiles: int
-    max_pages: int
-
-
-def bucket(rows: int) -> int:
-    """The captured row count that holds so many rows; 0 if none does."""
-    return next((size for size in BUCKETS if size >= rows), 0)
-
-
-def fields(shape: StepShape, groups: int) -> dict[str, Field]:
-    """The arrays of a step of this shape."""
-    rows, tiles = shape.rows, shape.tiles
-    found = {
-        "tokens": Field(INT, (rows,)),
-        "positions": Field(INT, (rows,)),
-        "rows": Field(INT, (1,)),
-        "logit_rows": Field(torch.int64, (shape.sampled,)),
-        "slots": Field(INT, (rows,)),
-        "tiles": Field(INT, (3, tiles)),
-        "head_tiles": Field(INT, (3, shape.sampled)),
-        "decode_rows": Field(INT, (shape.decode,)),
-        "lengths": Field(INT, (shape.decode,)),
-        "prefill": Field(INT, (shape.prefill_tiles, 4)),
-    }
-    for group in range(groups):
-        found[f"kv_slots{group}"] = Field(INT, (rows,))
-        found[f"pages{group}"] = Field(INT, (shape.decode, shape.max_pages))
-        found[f"prefill_pages{group}"] = Field(INT, (shape.sequences, shape.max_pages))
-    return found
 
 
 class StepBuilder:
@@ -92,6 +53,7 @@ class StepBuilder:
         self.table = table
         self.groups = pool.spec.kv_groups
         self.max_pages = -(-max_model_len // pool.page_tokens)
+        self.max_decode = max_decode
         self.device = pool.data.device
         spec = pool.spec
         if spec.kv_planes == 1:
@@ -118,7 +80,7 @@ class StepBuilder:
 
     def captured(self, rows: int) -> Staging:
         """The tensors of steps of at most `rows` single tokens."""
-        shape = StepShape(rows, rows, rows, 0, 0, rows, self.max_pages)
+        shape = StepShape(rows, rows, rows, 0, 0, rows, rows, self.max_pages)
         return Staging(fields(shape, len(self.groups)), self.device, sides=2)
 
     def tokens(self, chunks: Sequence[Chunk]) -> NDArray[np.int32]:
@@ -187,68 +149,105 @@ class StepBuilder:
 
     def batch(self, chunks: Sequence[Chunk], pdl: bool) -> GpuBatch:
         """A batch of any chunks, in tensors of its own."""
-        lengths = np.array([len(chunk.tokens) for chunk in chunks])
+        step = self.arrange(chunks)
+        staging = Staging(fields(step.shape, len(self.groups)), self.device)
+        self.fill(staging.host, step)
+        staging.upload()
+        adapters = None
+        if step.runs.shape[1]:
+            blocks = max(self.table.rank_blocks, 1)
+            adapters = self._prompt_lora(staging.device, step.adapters, blocks, self.idle(chunks))
+        return self._prompt_batch(staging.device, step.shape, adapters, pdl)
+
+    def room(self, rows: int) -> StepShape:
+        """What a captured step with prompts of so many rows has room for."""
+        sequences = min(self.max_decode, MOST_PROMPTS)
+        tiles = rows // self.prefill_lora.rows + MOST_PROMPTS
+        prefill = rows // self.tile_rows + sequences
+        most = self.max_decode
+        return StepShape(rows, most, most, sequences, prefill, tiles, most, self.max_pages)
+
+    def prompts(self, rows: int) -> Staging:
+        """The tensors of all captured steps with prompts, up to so many rows."""
+        return Staging(fields(self.room(rows), len(self.groups)), self.device, sides=2)
+
+    def prompt_batch(
+        self, staging: Staging, rows: int, with_lora: bool, idle: frozenset[int], pdl: bool
+    ) -> GpuBatch:
+        """The batch that reads a step with prompts of at most `rows` - 1 rows from its tensors."""
+        room = self.room(rows)
+        on = cut(staging.device, room, len(self.groups))
+        most = min(self.max_decode, MOST_PROMPTS)
+        adapters = self._prompt_lora(on, most, MAX_RANK_BLOCKS, idle) if with_lora else None
+        return self._prompt_batch(on, room, adapters, pdl)
+
+    def arrange(self, chunks: Sequence[Chunk]) -> Step:
+        """What follows from the chunks of a step, in the order of their rows."""
+        lengths = np.array([len(chunk.tokens) for chunk in chunks], np.int64)
         first = np.cumsum(lengths) - lengths
-        total, ends = int(lengths.sum()), first + lengths
         single = [i for i, chunk in enumerate(chunks) if len(chunk.tokens) == 1]
         longer = [i for i, chunk in enumerate(chunks) if len(chunk.tokens) > 1]
+        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
         tiles = prefill_tiles(
             ((int(first[i]), chunks[i].start, int(lengths[i]), n) for n, i in enumerate(longer)),
             self.tile_rows,
         )
         slots = np.repeat([self.table.slot(chunk.adapter) for chunk in chunks], lengths).astype(np.int32)
-        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
-        how = self.prefill_lora
-        runs, head = row_tiles(slots, how.rows), row_tiles(slots[ends[sampled] - 1], how.rows)
-        groups = range(len(self.groups))
-        used = max(len(table) for chunk in chunks for table in chunk.pages)
-        shape = StepShape(total, len(sampled), len(single), len(longer), len(tiles), runs.shape[1], used)
-        layout = fields(shape, len(groups)) | {"head_tiles": Field(INT, (3, head.shape[1]))}
-        staging = Staging(layout, self.device)
-        host, on = staging.host, staging.device
-        positions = np.concatenate(
-            [np.arange(c.start, c.start + len(c.tokens), dtype=np.int32) for c in chunks]
-        )
-        host["tokens"][:] = self.tokens(chunks)
-        host["positions"][:] = positions
-        host["rows"][:] = total
-        host["logit_rows"][:] = ends[sampled] - 1
-        host["slots"][:] = slots
-        host["tiles"][:], host["head_tiles"][:] = runs, head
-        host["decode_rows"][:] = first[single]
-        host["lengths"][:] = [chunks[i].start + 1 for i in single]
-        host["prefill"][:] = tiles
-        for g in groups:
-            for name, members in ((f"pages{g}", single), (f"prefill_pages{g}", longer)):
+        runs = row_tiles(slots, self.prefill_lora.rows)
+        head = row_tiles(slots[(first + lengths - 1)[sampled]], self.prefill_lora.rows)
+        return Step(chunks, first, slots, single, longer, sampled, tiles, runs, head)
+
+    def fill(self, host: Mapping[str, NDArray[Any]], step: Step) -> None:
+        """Write a step into arrays that have room for it."""
+        chunks, count = step.chunks, len(step.slots)
+        ends = [int(step.first[i]) + len(chunks[i].tokens) for i in step.sampled]
+        positions = [np.arange(c.start, c.start + len(c.tokens)) for c in chunks]
+        _put(host["tokens"], self.tokens(chunks), 0)
+        _put(host["positions"], np.concatenate([*positions, np.empty(0, np.int64)]), 0)
+        _put(host["logit_rows"], np.array(ends, np.int64) - 1, 0)
+        _put(host["slots"], step.slots, -1)
+        # What pads single tokens leaves zeros in the last row, which pads the step.
+        _put(host["decode_rows"], step.first[step.single], len(host["tokens"]) - 1)
+        _put(host["lengths"], [chunks[i].start + 1 for i in step.single], 0)
+        _put(host["prefill"], step.prefill, 0)
+        host["rows"][:] = count
+        for name, tiles in (("tiles", step.runs), ("head_tiles", step.head)):
+            host[name][:, : tiles.shape[1]] = tiles
+            host[name][2, tiles.shape[1] :] = 0
+        for g in range(len(self.groups)):
+            for name, members in ((f"pages{g}", step.single), (f"prefill_pages{g}", step.longer)):
                 for row, i in enumerate(members):
                     host[name][row, : len(chunks[i].pages[g])] = chunks[i].pages[g]
-            host[f"kv_slots{g}"][:] = np.concatenate([kv_slots(c, g, self.pool.page_tokens) for c in chunks])
-        staging.upload()
+            targets = [kv_slots(c, g, self.pool.page_tokens) for c in chunks]
+            _put(host[f"kv_slots{g}"], np.concatenate([*targets, np.empty(0, np.int32)]), -1)
+
+    def _prompt_lora(
+        self, on: Mapping[str, Tensor], adapters: int, rank_blocks: int, idle: frozenset[int]
+    ) -> GpuLora:
+        return GpuLora(
+            self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]),
+            self.prefill_lora, self.prefill_shrink, adapters, rank_blocks, idle,
+        )  # fmt: skip
+
+    def _prompt_batch(
+        self, on: Mapping[str, Tensor], shape: StepShape, adapters: GpuLora | None, pdl: bool
+    ) -> GpuBatch:
         kv = [
             GpuKV(
                 on[f"kv_slots{g}"],
-                DecodeBatch(on["decode_rows"], on["lengths"], on[f"pages{g}"]) if single else None,
-                PrefillBatch(on["prefill"], on[f"prefill_pages{g}"]) if longer else None,
+                DecodeBatch(on["decode_rows"], on["lengths"], on[f"pages{g}"]) if shape.decode else None,
+                PrefillBatch(on["prefill"], on[f"prefill_pages{g}"]) if shape.sequences else None,
             )
-            for g in groups
+            for g in range(len(self.groups))
         ]
-        adapters = None
-        if runs.shape[1]:
-            adapters = GpuLora(
-                self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]), how,
-                self.prefill_shrink, len({chunk.adapter for chunk in chunks} - {""}), max(self.table.rank_blocks, 1),
-                self.idle(chunks),
-            )  # fmt: skip
         return GpuBatch(
-            on["tokens"],
-            on["positions"],
-            kv,
-            self.pool.kv,
-            on["logit_rows"],
-            on["rows"],
-            adapters,
-            self.drawn[0],
-            self.workspace,
-            self.arrived,
-            pdl,
-        )
+            on["tokens"], on["positions"], kv, self.pool.kv, on["logit_rows"], on["rows"], adapters, self.drawn[0],
+            self.workspace, self.arrived, pdl,
+        )  # fmt: skip
+
+
+def _put(array: NDArray[Any], values: ArrayLike, padding: int) -> None:
+    """Write values to the beginning of an array and padding to the rest."""
+    count = len(values)  # type: ignore[arg-type]
+    array[:count] = values
+    array[count:] = padding

@@ -167,7 +167,8 @@ class GpuBatch:
         q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
         how = QueryKey(rotary.cos, rotary.sin, rotary.interleaved, q_norm, k_norm, eps, form.temperature)
         rotary_kv_write(qkv, self.positions, group.slots, how, self.kv, index, heads.num, pdl=self.pdl)
-        out = qkv.new_empty(len(qkv), heads.num * self.kv.head_dim)
+        fresh = qkv.new_empty if group.prefill is None else qkv.new_zeros  # padding among prompts stays zeros
+        out = fresh(len(qkv), heads.num * self.kv.head_dim)
         if group.decode is not None:
             decode_attention(qkv, self.kv, index, group.decode, heads, self.workspace, out, pdl=self.pdl)
         if group.prefill is not None:
@@ -186,7 +187,7 @@ class GpuBatch:
             q, z, column, query, self.positions, group.slots, form.rotary.cos, form.rotary.sin, form.norm, form.eps,
             self.kv, index, heads, form.rotary.interleaved, pdl=self.pdl,
         )  # fmt: skip
-        o = q.new_empty(len(q), heads.num, heads.rank)
+        o = (q.new_empty if group.prefill is None else q.new_zeros)(len(q), heads.num, heads.rank)
         if group.decode is not None:
             latent_decode(query, self.kv, index, group.decode, heads, self.workspace, o, pdl=self.pdl)
         if group.prefill is not None:
