@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,10 @@ class Shape:
         return found, config
 
 
+WRITERS = 3
+"""Files written at a time, while the next layer is made."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -189,8 +195,14 @@ def main() -> None:
         "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
     }
     save(outer, "model-outer.safetensors")
-    for layer in range(shape.layers):
-        save(shape.layer(layer), f"model-{layer:02d}.safetensors")
+    with ThreadPoolExecutor(WRITERS) as writers:
+        written: deque[Future[None]] = deque()
+        for layer in range(shape.layers):
+            written.append(writers.submit(save, shape.layer(layer), f"model-{layer:02d}.safetensors"))
+            if len(written) > WRITERS:
+                written.popleft().result()
+        while written:
+            written.popleft().result()
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     for number in range(arguments.adapters):
         folder = out.with_name(f"{out.name}-lora{number}")

@@ -21,7 +21,7 @@ from motet.engine.staging import Staging
 from motet.layers.decoder import Decoder
 from motet.layers.gpu import GpuBatch
 from motet.memory.pool import Pool
-from motet.types import Chunk, Plan
+from motet.types import Chunk, Plan, SamplingParams
 
 Key = tuple[bool, int, bool, frozenset[int]]
 """What graphs are captured for: steps with prompts or of single tokens; rows; with adapters; rare sites left out."""
@@ -138,7 +138,10 @@ class GpuRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture every size with and without adapters, the largest first, so that the others fit in its memory."""
+        """Capture every size with and without adapters, the largest first, so that the others fit in its memory.
+
+        Then sample with and without truncation: from now on nothing is compiled.
+        """
         single = [size for size in BUCKETS if size <= self._largest]
         for prompts, sizes in ((True, self._sizes), (False, single)):
             for size in reversed(sizes):
@@ -146,4 +149,6 @@ class GpuRunner:
                     self._captured(
                         (prompts, size, with_lora, self._builder.rare if with_lora else frozenset())
                     )
+        for params in (SamplingParams(), SamplingParams(top_k=2)):
+            self._sampler.draw(self._logits[:1], [SamplingRow(0, params, (), 0, 0, ())]).result()
         torch.cuda.synchronize()

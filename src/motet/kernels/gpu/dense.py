@@ -37,8 +37,9 @@ ROOM = 64
 MOST_ROWS = 32
 """Rows up to which a step multiplies with this kernel; with more, cuBLAS and `lora_add` do.
 
-gpt-oss-20b's q k v and o with adapters on an H200, in microseconds: 15.1 and 12.5 against 17.4 and 16.9 at one row, 22.4
-and 15.7 against 21.5 and 20.1 at 16, 26.0 and 19.6 against 23.0 and 21.2 at 32, 32.6 and 26.1 against 27.0 and 21.4 at 64.
+gpt-oss-20b's q k v and o with adapters on an H200, in microseconds: 15.1 and 12.5 against 17.4 and 16.9 at one row,
+22.4 and 15.7 against 21.5 and 20.1 at 16, 26.0 and 19.6 against 23.0 and 21.2 at 32, 32.6 and 26.1 against 27.0 and
+21.4 at 64.
 """
 MOST_BLOCKS = 1024
 """Blocks of features that may have their sums split."""
