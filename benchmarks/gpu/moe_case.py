@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from motet.kernels.gpu.combine import Normed, combine, combine_torch
 from motet.kernels.gpu.lora import RankBlocks
-from motet.kernels.gpu.moe import (
-    ExpertWeights,
-    ProductConfig,
-    product,
-    product_config,
-    product_torch,
-    tile_rows,
-)
-from motet.kernels.gpu.moe_lora import (
-    DECODE,
-    PREFILL,
-    ExpertUpdate,
-    ShrinkConfig,
-    shrink,
-    shrink_torch,
-    shrunk,
-)
+from motet.kernels.gpu.moe import ExpertWeights, product, product_torch
+from motet.kernels.gpu.moe_lora import ExpertUpdate, shrink, shrink_torch, shrunk
 from motet.kernels.gpu.mxfp4 import Mxfp4
 from motet.kernels.gpu.route import Sorted, route, route_torch
 from motet.kernels.route import RoutingRule
-from tests.kernels.gpu.shipped_moe import Shape, weights
+from tests.kernels.gpu.shipped_moe import LayerPlan, Shape
 
 ADAPTERS, RANK = 8, 32
 DEVICE, KIND = "cuda", torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a layer is computed: tile rows and the configurations of its launches."""
-
-    rows: int
-    up: ProductConfig
-    down: ProductConfig
-    shrink: ShrinkConfig
-
-
-def default_plan(shape: Shape, tokens: int, rows: int | None = None) -> Plan:
-    """What the launchers choose by themselves."""
-    rows = rows or tile_rows(tokens, shape.top_k, shape.num_experts)
-    up = product_config(weights(shape, 2 * shape.width, shape.hidden), 2, rows)
-    down = product_config(weights(shape, shape.hidden, shape.width), 1, rows)
-    return Plan(rows, up, down, DECODE if rows <= 16 else PREFILL)
 
 
 class Layer:
@@ -70,8 +38,18 @@ class Layer:
         tiles = experts, features // 32, depth // 32
         words = torch.randint(-(2**31), 2**31, (*tiles, 128), dtype=torch.int32, device=DEVICE)
         scales = torch.randint(116, 121, (*tiles, 8, 4), dtype=torch.uint8, device=DEVICE) + 126
+        scales = scales.view(torch.int32).squeeze(-1)
+        if self.shape.joined:
+            both = torch.cat([words, scales], -1)
+            words, scales = both[..., :128], both[..., 128:]
         bias = torch.empty(experts, features, dtype=KIND, device=DEVICE).normal_()
-        return ExpertWeights(Mxfp4(words, scales.view(torch.int32).squeeze(-1)), bias)
+        return ExpertWeights(Mxfp4(words, scales), bias)
+
+    def base(self) -> Layer:
+        """The same weights without adapters."""
+        other = copy.copy(self)
+        other.table = None
+        return other
 
     def _table(self) -> RankBlocks:
         """ADAPTERS adapters of rank RANK on every expert; gate and up share A where experts are fused (MXFP4)."""
@@ -106,7 +84,7 @@ class Layer:
 class Step:
     """One layer's launches on one batch of tokens, with its workspaces."""
 
-    def __init__(self, one: Layer, tokens: int, plan: Plan, *, pdl: bool = False) -> None:
+    def __init__(self, one: Layer, tokens: int, plan: LayerPlan, *, pdl: bool = False) -> None:
         shape, self.layer, self.plan, self.pdl = one.shape, one, plan, pdl
         self.rule = RoutingRule(shape.top_k, True)
         self.x = torch.randn(tokens, shape.hidden, device=DEVICE).to(KIND)
@@ -125,6 +103,17 @@ class Step:
                 ExpertUpdate(one.table, 2 * i, shrunk(pairs, 2 - i, RANK, self.x)) for i in range(2)
             ]
 
+    def use(self, other: Step) -> None:
+        """Take the other's workspaces and residual, as the next layer of a model does."""
+        self.work, self.a, self.y, self.residual, self.norm = (
+            other.work, other.a, other.y, other.residual, other.norm,
+        )  # fmt: skip
+        self.x = other.norm.out
+        for i, its in enumerate(other.updates):
+            mine = self.updates[i]
+            if mine is not None and its is not None:
+                self.updates[i] = replace(mine, z=its.z)
+
     def empty(self) -> Sorted:
         """Lists for the batch, poisoned."""
         shape, adapters = self.layer.shape, ADAPTERS if self.layer.table else 0
@@ -136,7 +125,7 @@ class Step:
         return work
 
     def route(self) -> None:
-        route(self.logits, self.rule, self.slots, self.work, self.real, pdl=self.pdl)
+        route(self.logits, self.rule, self.slots, self.work, self.real, config=self.plan.route, pdl=self.pdl)
 
     def shrink_up(self) -> None:
         if self.updates[0] is not None:
@@ -159,7 +148,7 @@ class Step:
         )  # fmt: skip
 
     def combine(self) -> None:
-        combine(self.y, self.work, self.residual, norm=self.norm, pdl=self.pdl)
+        combine(self.y, self.work, self.residual, norm=self.norm, config=self.plan.combine, pdl=self.pdl)
 
     def all(self) -> None:
         """A whole layer."""
@@ -178,16 +167,21 @@ class Step:
         product_torch(x, weight, self.work, out, gather=not side, activation=how, update=self.updates[side])
         return out
 
+    def weight_bytes(self, part: str) -> float:
+        """Bytes of the weights of the experts touched by a product."""
+        shape = self.layer.shape
+        experts = len(set(self.work.tiles[: int(self.work.counts[0]), 0].tolist()))
+        size = experts * shape.hidden * shape.width * (4.25 / 8 if shape.packed else 2.0)
+        return {"up": 2 * size, "down": size}.get(part, 0.0)
+
     def moved(self, part: str) -> float:
         """Bytes that a part must read: experts touched, and factors of the (adapter, expert) pairs."""
         shape = self.layer.shape
-        tiles, segments = self.work.counts.tolist()
-        experts = len(set(self.work.tiles[:tiles, 0].tolist()))
-        factor = 2 * RANK * len(set(map(tuple, self.work.segments[:segments, :2].tolist())))
-        size = experts * shape.hidden * shape.width * (4.25 / 8 if shape.packed else 2.0)
-        return {
-            "up": 2 * size + 2 * factor * shape.width,
-            "down": size + factor * shape.hidden,
+        segments = self.work.segments[: int(self.work.counts[1]), :2].tolist()
+        factor = 2 * RANK * len(set(map(tuple, segments)))
+        return self.weight_bytes(part) + {
+            "up": 2 * factor * shape.width,
+            "down": factor * shape.hidden,
             "shrink_up": factor * shape.hidden * (1 if shape.packed else 2),
             "shrink_down": factor * shape.width,
         }.get(part, 0.0)
@@ -216,7 +210,7 @@ def route_error(step: Step) -> float:
     return error(step.work.weight, reference.weight)
 
 
-def layer_errors(one: Layer, tokens: int, plan: Plan) -> dict[str, tuple[float, float]]:
+def layer_errors(one: Layer, tokens: int, plan: LayerPlan) -> dict[str, tuple[float, float]]:
     """Error and bound of every launch, each on what the launch before it left, with poisoned outputs."""
     step = Step(one, tokens, plan)
     step.route()

@@ -102,7 +102,8 @@ def test_a_busy_engine_answers_as_a_quiet_one(kind: str, dtype: torch.dtype, tmp
     """64 greedy requests over all adapters, arriving at random, some cancelled, against each by itself.
 
     In float32 all answers are the same. Products of few rows and of many add up in other orders, so in bfloat16 an
-    answer may part from the other where two tokens are about as likely: nearer in float32 than bfloat16 is to it.
+    answer may part from the other where two tokens are about as likely: so near in float32 that bfloat16, which may
+    be off by 6e-2 for each of them, can put either first.
     """
     model = write_model(tmp_path / "model", kind)
     engine = _engine(model)
@@ -147,7 +148,7 @@ def test_a_busy_engine_answers_as_a_quiet_one(kind: str, dtype: torch.dtype, tmp
         at = next(at for at in range(len(mine)) if mine[at] != alone[at])
         tokens = [*request.prompt, *mine[:at]]
         logits = reference_logits(model, kind, adapters[i % len(adapters)], tokens)[-1]
-        least = float(logits.max() - 6e-2 * logits.abs().max())
+        least = float(logits.max() - 2 * 6e-2 * logits.abs().max())
         assert min(float(logits[mine[at]]), float(logits[alone[at]])) > least, f"{request.id} is no tie"
     engine.close()
     assert parted < 16, f"{parted} of 64 answers depend on the batch"

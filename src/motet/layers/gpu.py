@@ -216,7 +216,7 @@ class GpuBatch:
         h = x.new_empty(len(work.order), experts.down.shape[2])
         update = self._update(x, work, site, 2, gather=True)
         product(
-            x, experts.gate_up, work, h, _expert_config(experts.gate_up, 2, rows), gather=True,
+            x, experts.gate_up, work, h, _expert_config(experts.gate_up, 2, work), gather=True,
             activation=experts.activation, update=update, weigh_input=rule.on_input, pdl=self.pdl,
         )  # fmt: skip
         update = self._update(h, work, site + 2, 1, gather=False)
@@ -226,7 +226,7 @@ class GpuBatch:
             experts.down,
             work,
             out,
-            _expert_config(experts.down, 1, rows),
+            _expert_config(experts.down, 1, work),
             gather=False,
             update=update,
             pdl=self.pdl,
@@ -243,12 +243,12 @@ class GpuBatch:
         return update
 
 
-def _expert_config(weights: ExpertWeights, sides: int, rows: int) -> ProductConfig:
-    """How to compile a product of experts in tiles of `rows` pairs."""
+def _expert_config(weights: ExpertWeights, sides: int, work: Sorted) -> ProductConfig:
+    """How to compile a product of experts for these tiles."""
     _, features, depth = weights.shape
     return tuned(
-        "moe_product", product_config(weights, sides, rows), features=features // sides, depth=depth, sides=sides,
-        rows=rows, packed=int(isinstance(weights.weight, Mxfp4)),
+        "moe_product", product_config(weights, sides, work.rows, len(work.tiles)), features=features // sides,
+        depth=depth, sides=sides, rows=work.rows, packed=int(isinstance(weights.weight, Mxfp4)),
     )  # fmt: skip
 
 

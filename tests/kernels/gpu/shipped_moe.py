@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from motet.kernels.activation import Activation
-from motet.kernels.gpu.combine import Normed, combine
+from motet.kernels.gpu.combine import COMBINE, CombineConfig, Normed, combine
 from motet.kernels.gpu.lora import RankBlocks
 from motet.kernels.gpu.moe import (
     ExpertWeights,
@@ -19,7 +19,7 @@ from motet.kernels.gpu.moe import (
 )
 from motet.kernels.gpu.moe_lora import DECODE, PREFILL, ExpertUpdate, ShrinkConfig, shrink, shrunk
 from motet.kernels.gpu.mxfp4 import Mxfp4
-from motet.kernels.gpu.route import Sorted, route
+from motet.kernels.gpu.route import ROUTE, RouteConfig, Sorted, route
 from motet.kernels.route import RoutingRule
 
 F32, I32 = torch.float32, torch.int32
@@ -27,7 +27,7 @@ F32, I32 = torch.float32, torch.int32
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer of experts."""
+    """A layer of experts; packed weights have their scales in a tensor of their own or among the words (`joined`)."""
 
     hidden: int
     width: int
@@ -35,6 +35,7 @@ class Shape:
     top_k: int
     activation: Activation
     packed: bool
+    joined: bool = False
 
 
 GPT_OSS = Shape(2880, 2880, 32, 4, Activation(7.0, 1.702), True)
@@ -59,66 +60,93 @@ def weights(shape: Shape, features: int, depth: int) -> ExpertWeights:
     if not shape.packed:
         return ExpertWeights(meta(shape.num_experts, features, depth))
     tiles = shape.num_experts, features // 32, depth // 32
-    packed = Mxfp4(meta(*tiles, 128, dtype=I32), meta(*tiles, 8, dtype=I32))
-    return ExpertWeights(packed, meta(shape.num_experts, features))
+    words, scales = meta(*tiles, 128, dtype=I32), meta(*tiles, 8, dtype=I32)
+    if shape.joined:
+        both = meta(*tiles, 136, dtype=I32)
+        words, scales = both[..., :128], both[..., 128:]
+    return ExpertWeights(Mxfp4(words, scales), meta(shape.num_experts, features))
 
 
-def layer(
-    shape: Shape,
-    tokens: int,
-    rows: int,
-    up: ProductConfig,
-    down: ProductConfig,
-    how: ShrinkConfig,
-    *,
-    lora: bool,
-) -> None:
+@dataclass(frozen=True)
+class LayerPlan:
+    """How a layer is computed: tile rows and the configurations of its launches."""
+
+    rows: int
+    up: ProductConfig
+    down: ProductConfig
+    shrink: ShrinkConfig
+    route: RouteConfig = ROUTE
+    combine: CombineConfig = COMBINE
+
+
+def default_plan(shape: Shape, tokens: int, rows: int | None = None) -> LayerPlan:
+    """What a step's layers choose by themselves."""
+    rows = rows or tile_rows(tokens, shape.top_k, shape.num_experts)
+    tiles = len(Sorted.empty(tokens, shape.top_k, shape.num_experts, rows, 0, "meta").tiles)
+    up = product_config(weights(shape, 2 * shape.width, shape.hidden), 2, rows, tiles)
+    down = product_config(weights(shape, shape.hidden, shape.width), 1, rows, tiles)
+    return LayerPlan(rows, up, down, DECODE if rows <= 16 else PREFILL)
+
+
+def layer(shape: Shape, tokens: int, plan: LayerPlan, *, lora: bool, pdl: bool = True) -> None:
     """One layer's launches, as a step makes them."""
-    work = Sorted.empty(tokens, shape.top_k, shape.num_experts, rows, 8 if lora else 0, "meta")
-    rule, slots = RoutingRule(shape.top_k, True), meta(tokens, dtype=I32)
+    work = Sorted.empty(tokens, shape.top_k, shape.num_experts, plan.rows, 8 if lora else 0, "meta")
     route(
         meta(tokens, shape.num_experts, dtype=F32),
-        rule,
-        slots if lora else None,
+        RoutingRule(shape.top_k, True),
+        meta(tokens, dtype=I32) if lora else None,
         work,
         meta(1, dtype=I32),
-        pdl=True,
+        config=plan.route,
+        pdl=pdl,
     )
     pairs, x = tokens * shape.top_k, meta(tokens, shape.hidden)
     updates: list[ExpertUpdate | None] = [None, None]
     if lora:
         updates = [ExpertUpdate(table(), side, shrunk(pairs, 2 - side // 2, 64, x)) for side in (0, 2)]
     activations, out = meta(pairs, shape.width), meta(pairs, shape.hidden, dtype=F32)
+    gate_up, down = weights(shape, 2 * shape.width, shape.hidden), weights(shape, shape.hidden, shape.width)
     if updates[0] is not None:
-        shrink(x, work, updates[0], gather=True, config=how, pdl=True)
+        shrink(x, work, updates[0], gather=True, config=plan.shrink, pdl=pdl)
     product(
-        x, weights(shape, 2 * shape.width, shape.hidden), work, activations, up, gather=True,
-        activation=shape.activation, update=updates[0], pdl=True,
-    )  # fmt: skip
-    if updates[1] is not None:
-        shrink(activations, work, updates[1], gather=False, config=how, pdl=True)
-    product(
-        activations,
-        weights(shape, shape.hidden, shape.width),
+        x,
+        gate_up,
         work,
-        out,
-        down,
-        gather=False,
-        update=updates[1],
-        pdl=True,
+        activations,
+        plan.up,
+        gather=True,
+        activation=shape.activation,
+        update=updates[0],
+        pdl=pdl,
     )
+    if updates[1] is not None:
+        shrink(activations, work, updates[1], gather=False, config=plan.shrink, pdl=pdl)
+    product(activations, down, work, out, plan.down, gather=False, update=updates[1], pdl=pdl)
     normed = Normed(meta(shape.hidden, dtype=F32), 1e-5, meta(tokens, shape.hidden))
     for norm in (None, normed):
-        combine(out, work, meta(tokens, shape.hidden, dtype=F32), norm=norm, pdl=True)
+        residual = meta(tokens, shape.hidden, dtype=F32)
+        combine(out, work, residual, norm=norm, config=plan.combine, pdl=pdl)
+
+
+def routes() -> None:
+    """Rules of every kind, for tokens of which each takes another way through the kernels."""
+    top2 = RoutingRule(
+        8, True, "sigmoid", groups=8, top_groups=4, group_score="top2", bias=meta(256, dtype=F32)
+    )
+    groups = RoutingRule(3, groups=3, top_groups=2, scale=2.5)
+    sigmoid = RoutingRule(1, scoring="sigmoid", on_input=True)
+    for rule, experts in ((groups, 12), (top2, 256), (sigmoid, 5)):
+        for tokens in (1, 16, 47, 700):
+            work = Sorted.empty(tokens, rule.top_k, experts, 8, 8, "meta")
+            logits, slots = meta(tokens, experts, dtype=F32), meta(tokens, dtype=I32)
+            route(logits, rule, slots, work, meta(1, dtype=I32), pdl=True)
 
 
 def launches() -> None:
-    """Default configurations: decode, and prefill of packed and plain experts."""
+    """Default configurations: decode, and prefill of packed and plain experts; every rule of routing."""
     cases = [(GPT_OSS, (1, 16, 64, 1600)), (replace(GPT_OSS, packed=False), (1600,)), (QWEN3, (16, 1600))]
     for shape, tokens in (*cases, (MIXTRAL, (16,)), (DEEPSEEK, (16,))):
         for one in tokens:
-            rows = tile_rows(one, shape.top_k, shape.num_experts)
-            up = product_config(weights(shape, 2 * shape.width, shape.hidden), 2, rows)
-            down = product_config(weights(shape, shape.hidden, shape.width), 1, rows)
             for lora in (False, True):
-                layer(shape, one, rows, up, down, DECODE if rows <= 16 else PREFILL, lora=lora)
+                layer(shape, one, default_plan(shape, one), lora=lora)
+    routes()

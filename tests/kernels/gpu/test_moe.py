@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from motet.errors import ConfigError
 from motet.kernels.activation import Activation
 from motet.kernels.gpu.moe import (
     ExpertWeights,
     ProductConfig,
     product,
+    product_config,
     product_torch,
+    tile_rows,
 )
 from motet.kernels.gpu.moe_lora import ExpertUpdate, shrink_torch, shrunk
 from motet.kernels.gpu.mxfp4 import Mxfp4
@@ -61,6 +67,8 @@ PLAIN = [
     (ProductConfig(32, 32, 4, 3), 8),
     (ProductConfig(16, 16, 2, 3, group=2), 16),
     (ProductConfig(64, 32, 4, 3, group=3), 64),
+    (ProductConfig(32, 16, 2, 3, ranks=16, split=2), 8),
+    (ProductConfig(16, 16, 4, 3, split=8), 16),
 ]
 
 
@@ -89,6 +97,9 @@ PACKED = [
     (ProductConfig(32, 32, 1, 3), 8),
     (ProductConfig(64, 96, 2, 3), 16),
     (ProductConfig(64, 96, 4, 3, group=2, wgmma=True), 64),
+    (ProductConfig(32, 96, 2, 3, split=2), 8),
+    (ProductConfig(64, 32, 4, 3, ranks=32, split=4), 16),
+    (ProductConfig(64, 32, 2, 3, group=2, split=8), 8),
 ]
 PACKED_DTYPE = torch.bfloat16 if ON_DEVICE else torch.float32
 
@@ -105,6 +116,41 @@ def test_packed_weights(
     x = torch.randn(tokens if activation else 2 * tokens, depth, device=device).to(PACKED_DTYPE)
     table = (hidden, width) if with_lora else None
     check(x, weights, lists(tokens, rows, device), config, activation, table, False)
+
+
+def test_scales_among_the_words(device: str) -> None:
+    """Packed weights are read by their strides."""
+    apart = packed(96, 64, device)
+    joined = torch.cat([apart.words, apart.scales], -1)
+    weights = ExpertWeights(Mxfp4(joined[..., :128], joined[..., 128:]))
+    x = torch.randn(14, 64, device=device).to(PACKED_DTYPE)
+    check(x, weights, lists(7, 8, device), ProductConfig(64, 32, 2, 3, split=2), None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": 48}, "features = 48 must be a power of two"),
+        ({"split": 2}, "split = 2 must be 1 with wgmma and else at least warps = 4"),
+        ({"split": 4, "wgmma": True}, "split = 4 must be 1 with wgmma"),
+        ({"launch": 4}, "launch = 4 must be at most 3"),
+    ],
+)
+def test_a_configuration_checks_itself(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(ProductConfig(64, 96, warps=4, stages=3), **change)
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_sums_of_decode_steps_have_one_order(kind: str, sides: int) -> None:
+    """Whatever the step's size: a row's bits then depend on nothing but the row."""
+    plain = torch.empty(32, 2880, 2880, device="meta")
+    words = torch.empty(32, 90, 90, 128, dtype=torch.int32, device="meta")
+    weights = ExpertWeights(plain if kind == "plain" else Mxfp4(words, words[..., :8]))
+    sizes = [(tile_rows(tokens, 4, 32), min(4 * tokens, 32)) for tokens in (1, 2, 4, 8, 16, 32, 64)]
+    configs = [product_config(weights, sides, rows, tiles) for rows, tiles in sizes]
+    assert len({(config.split, config.depth, config.wgmma) for config in configs}) == 1
 
 
 def test_small_activations_keep_their_digits(device: str) -> None:

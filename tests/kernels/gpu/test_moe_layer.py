@@ -37,6 +37,7 @@ class Layer:
     slots: Tensor
     x: Tensor
     logits: Tensor
+    config: ProductConfig
     residual: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class Layer:
         y = torch.empty(tokens * k, HIDDEN, device=self.x.device)
         up = ExpertUpdate(self.table, 2, shrunk(tokens * k, 2, max(RANKS), self.x))
         down = ExpertUpdate(self.table, 4, shrunk(tokens * k, 1, max(RANKS), self.x))
-        config, weigh = ProductConfig(32, 32, 1, 3), self.rule.on_input
+        config, weigh = self.config, self.rule.on_input
         route(self.logits, self.rule, self.slots, work, pdl=pdl)
         shrink(self.x, work, up, gather=True, config=DECODE, pdl=pdl)
         product(
@@ -66,7 +67,9 @@ class Layer:
         combine(y, work, self.residual, weighed=weigh, pdl=pdl)
 
 
-def make(rule: RoutingRule, tokens: int, packed: bool, dtype: torch.dtype, device: str) -> Layer:
+def make(
+    rule: RoutingRule, tokens: int, packed: bool, config: ProductConfig, dtype: torch.dtype, device: str
+) -> Layer:
     def weights(features: int, depth: int) -> ExpertWeights:
         bias = torch.randn(EXPERTS, features, device=device) if rule.normalise else None
         if not packed:
@@ -80,7 +83,7 @@ def make(rule: RoutingRule, tokens: int, packed: bool, dtype: torch.dtype, devic
     slots = torch.randint(-1, len(RANKS), (tokens,), dtype=torch.int32, device=device)
     x = torch.randn(tokens, HIDDEN, device=device).to(dtype)
     logits = torch.randn(tokens, EXPERTS, device=device)
-    return Layer(rule, weights(2 * WIDE, HIDDEN), weights(HIDDEN, WIDE), table, slots, x, logits)
+    return Layer(rule, weights(2 * WIDE, HIDDEN), weights(HIDDEN, WIDE), table, slots, x, logits, config)
 
 
 def expected(layer: Layer) -> Tensor:
@@ -100,20 +103,23 @@ def expected(layer: Layer) -> Tensor:
 
 DTYPE = torch.bfloat16 if ON_DEVICE else torch.float32
 RULES = [RoutingRule(2, normalise=True), RoutingRule(1, scoring="sigmoid", on_input=True)]
+CONFIGS = [ProductConfig(32, 32, 1, 3), ProductConfig(32, 32, 2, 3, split=2, ahead=True, launch=3)]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_layer_equals_the_cpus(rule: RoutingRule, packed: bool, device: str) -> None:
-    layer = make(rule, 7, packed, DTYPE, device)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_layer_equals_the_cpus(rule: RoutingRule, config: ProductConfig, packed: bool, device: str) -> None:
+    layer = make(rule, 7, packed, config, DTYPE, device)
     layer()
     assert_close(layer.residual.cpu(), expected(layer), 2e-2 if ON_DEVICE else 1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_DEVICE, reason="a CUDA graph needs a device")
-def test_graph_replays_repeat_the_eager_bits() -> None:
-    layer = make(RULES[0], 13, True, DTYPE, "cuda")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_graph_replays_repeat_the_eager_bits(config: ProductConfig) -> None:
+    layer = make(RULES[0], 13, True, config, DTYPE, "cuda")
     layer()
     eager = layer.residual.clone()
     graph = torch.cuda.CUDAGraph()

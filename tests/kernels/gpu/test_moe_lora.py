@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from motet.errors import ConfigError
 from motet.kernels.gpu.moe_lora import (
     DECODE,
     PREFILL,
@@ -22,6 +23,11 @@ from tests.kernels.gpu.expert_table import expert_table
 
 HIDDEN, WIDE, EXPERTS, RANKS = 96, 67, 6, (5, 16, 40, 33)
 CONFIGS = {"decode": replace(DECODE, depth=16, warps=4), "prefill": replace(PREFILL, depth=32)}
+
+
+def test_the_product_may_not_start_before_shrink_has_waited() -> None:
+    with pytest.raises(ConfigError, match="launch = 1 must be 0 or 2"):
+        ShrinkConfig(launch=1)
 
 
 def work(tokens: int, rows: int, device: str) -> Sorted:

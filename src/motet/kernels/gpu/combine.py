@@ -5,7 +5,7 @@ Semantics, for token t with k experts (`route`):
     normed[t] = residual[t] / sqrt(mean(residual[t]^2) + eps) · norm, where asked for
     y: [P, H] in sorted order, shared: [T, H] of a shared expert; residual [T, H] and norm [H] float32, normed [T, H].
 
-A program takes a row, or without the norm 512 columns of one.
+A program takes a row, or without the norm some columns of one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,19 @@ class Normed:
     out: Tensor
 
 
+@dataclass(frozen=True)
+class CombineConfig:
+    """How combine is compiled: columns of a program where there is no norm, columns of a warp, and when the next
+    kernel may start (`launch`, see `moe.ProductConfig`: 0, 1 or 2)."""
+
+    columns: int = 512
+    per_warp: int = 256
+    launch: int = 2
+
+
+COMBINE = CombineConfig()
+
+
 def combine_torch(
     y: Tensor, work: Sorted, residual: Tensor, *, shared: Tensor | None = None, weighed: bool = False,
     norm: Normed | None = None,
@@ -46,7 +59,7 @@ def combine_torch(
 
 def combine(
     y: Tensor, work: Sorted, residual: Tensor, *, shared: Tensor | None = None, weighed: bool = False,
-    norm: Normed | None = None, pdl: bool = False,
+    norm: Normed | None = None, config: CombineConfig = COMBINE, pdl: bool = False,
 ) -> None:  # fmt: skip
     """y [P, H] sorted, added to residual [T, H] in place; `weighed` says that weights are in y already."""
     tokens, hidden = residual.shape
@@ -56,26 +69,32 @@ def combine(
     assert shared is None or shared.is_contiguous()
     if not tokens:
         return
-    block = triton.next_power_of_2(hidden) if norm is not None else 512
+    block = triton.next_power_of_2(hidden) if norm is not None else config.columns
     parts, eps = ((residual, residual), 0.0) if norm is None else ((norm.weight, norm.out), norm.eps)
     _combine_kernel[(tokens, triton.cdiv(hidden, block))](
         y, work.inverse, work.weight, residual, y if shared is None else shared, *parts, eps,
         H=hidden, TOP_K=work.top_k, SHARED=shared is not None, WEIGHED=weighed, NORM=norm is not None, BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16), **launch_options(pdl),
+        LAUNCH=config.launch if pdl else 0, num_warps=min(max(block // config.per_warp, 1), 16), **launch_options(pdl),
     )  # fmt: skip
 
 
 @kernel()
 def _combine_kernel(  # type: ignore[no-untyped-def]
     y, inverse, weight, residual, shared, norm, normed, eps, H: tl.constexpr, TOP_K: tl.constexpr,
-    SHARED: tl.constexpr, WEIGHED: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, WEIGHED: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+    LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
+    if NORM:
+        by_column = tl.load(norm + column, inside, other=0.0)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if LAUNCH == 1:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        if LAUNCH == 2:
+            tl.extra.cuda.gdc_launch_dependents()
     total = tl.load(residual + token * H + column, inside, other=0.0)
     update = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(TOP_K):
@@ -90,5 +109,5 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     total += update
     tl.store(residual + token * H + column, total, inside)
     if NORM:
-        scale = tl.rsqrt(tl.sum(total * total, 0) / H + eps) * tl.load(norm + column, inside, other=0.0)
+        scale = tl.rsqrt(tl.sum(total * total, 0) / H + eps) * by_column
         tl.store(normed + token * H + column, (total * scale).to(normed.dtype.element_ty), inside)

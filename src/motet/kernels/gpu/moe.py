@@ -5,12 +5,23 @@ Semantics, for the pair at place p of the sorted order (`route`), of expert e an
     out[p] = h[p], or with an activation act(first half of h[p], second half of h[p])
     W: [E, N, K] bfloat16 or MXFP4 (`mxfp4.Mxfp4`); x: [T, K], read through the sorted order (`gather`), or [P, K];
     bias: [E, N]; out: [P, N] or [P, N/2]. Sums are float32, in an order that depends on the kernel's configuration
-    only: a row's result does not depend on the batch around it.
+    only (`ProductConfig`): a row's result does not depend on the batch around it, nor on the size of a decode step.
 
 The weights are the first operand and the pairs of a tile the columns of the second: with a few rows per expert the
 weights are the large part, and tensor cores take 16 or 64 rows of the first operand but 8 columns of the second. A
 program computes `features` features (gate and up of the same ones) of one tile. Decode of MXFP4 multiplies sums of 32
 columns by their scales, prefill the weights (`mxfp4`).
+
+In decode each warp of a program has columns of its own (`split`): it reads every weight and every column of x once, and
+a step of one row, which waits for memory, has as many warps more that wait. Sums split over programs instead would need
+counters and another round through memory. At the end of a program comes a chain of loads (segments, table, factors),
+so what it leads to is ordered into the caches at the beginning, after the first weights.
+
+Programs of a kernel that was launched programmatically wait on the multiprocessors while the kernel in front runs. With
+every launch at the start of a kernel, whole layers can wait there: a layer of gpt-oss then took 62 us for one row
+without adapters and 180 for 16 rows with adapters, instead of 45 and 170 with plain launches. So kernels launch the
+next one after their own wait, products of many programs after their main loop (`launch`). Shrink must: the product
+after it reads lists and x without waiting, and its weights while shrink runs.
 """
 
 from __future__ import annotations
@@ -21,18 +32,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from motet.errors import ConfigError
 from motet.kernels.activation import Activation, activate
 from motet.kernels.gpu.jit import kernel, launch_options, tl, triton
-from motet.kernels.gpu.lora import FACTOR_ALIGNMENT
-from motet.kernels.gpu.moe_lora import ExpertUpdate, expand
-from motet.kernels.gpu.mxfp4 import (
-    Mxfp4,
-    join_pairs,
-    order_columns,
-    scale_pairs,
-    scales_of_rows,
-    unpack_pairs,
-)
+from motet.kernels.gpu.lora import FACTOR_ALIGNMENT, RANKS, check_config
+from motet.kernels.gpu.moe_lora import ExpertUpdate, expand, fetch, fetch_factors, most_blocks
+from motet.kernels.gpu.mxfp4 import Mxfp4, add_parts, first_group, scales_then_sums, sums_then_scales
 from motet.kernels.gpu.route import Sorted
 
 
@@ -61,17 +66,44 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """How a product is compiled: features of a program (of each half, with an activation), columns per step, warps,
-    stages; ranks of updates multiplied at once; tiles that share weights in the L2 cache; whether tensor cores take
-    MXFP4 as wgmma, weights scaled."""
+    """How a product is compiled.
+
+    `features` of a program (of each half, with an activation), `depth` columns of K per step of each part, warps and
+    stages; `ranks` of updates multiplied at once; `group` of tiles that share weights in the L2 cache; `wgmma`: MXFP4
+    for many rows, weights scaled; `split` parts of a sum (a power of two, at least the warps if not 1) take turns of
+    `depth` columns and are added up at the end. A sum's order follows from split and depth, and from nothing else as
+    long as Triton takes `mma` for it: split or few warps.
+
+    `ahead`: the first weights, biases and factors are ordered into the L2 cache before anything waits for them.
+    `launch`: the next kernel may start never before this one ends (0), with it (1), after its wait (2) or after its
+    main loop (3). `registers` of a thread at most; 0: what the compiler likes.
+    """
 
     features: int
     depth: int
     warps: int
     stages: int
-    ranks: int = 32
+    ranks: int = 64
     group: int = 1
     wgmma: bool = False
+    split: int = 1
+    ahead: bool = False
+    launch: int = 2
+    registers: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"ranks": RANKS, "launch": 0, "registers": 0}
+        check_config(self, least, ("features", "warps", "ranks", "split"))
+        if self.split > 1 and (self.wgmma or self.split < self.warps):
+            raise ConfigError(
+                f"split = {self.split} must be 1 with wgmma and else at least warps = {self.warps}"
+            )
+        if self.launch > 3:
+            raise ConfigError(f"launch = {self.launch} must be at most 3")
+
+
+FEW_TILES = 32
+"""Up to so many tiles a product has too few programs for more than one to follow another on a multiprocessor."""
 
 
 def tile_rows(tokens: int, top_k: int, num_experts: int) -> int:
@@ -80,18 +112,24 @@ def tile_rows(tokens: int, top_k: int, num_experts: int) -> int:
     return next((rows for limit, rows in ((4, 8), (10, 16), (24, 32), (64, 64)) if even <= limit), 128)
 
 
-def product_config(weights: ExpertWeights, sides: int, rows: int) -> ProductConfig:
-    """How to compile a product with `sides` sides of tiles with `rows` rows."""
+def product_config(weights: ExpertWeights, sides: int, rows: int, tiles: int = 1024) -> ProductConfig:
+    """How to compile a product with `sides` sides of at most `tiles` tiles with `rows` rows.
+
+    Tiles of up to 16 rows, those of decode steps, get the same `split` and `depth` however many there are.
+    """
     depth = weights.shape[2]
     if isinstance(weights.weight, Mxfp4):
         if rows <= 16:
+            few = tiles <= FEW_TILES
             step = next(step for step in (96, 128, 64, 32) if depth % step == 0)
-            return ProductConfig(64, step, warps=2, stages=3)
+            return ProductConfig(
+                32 if few or sides == 2 else 64, step, 2, 3, split=2, ahead=True, launch=2 if few else 3
+            )
         step = 64 if depth % 64 == 0 else 32
         group = 1 if rows < 64 else 4
-        return ProductConfig(128 // sides, step, warps=4, stages=3, ranks=16, group=group, wgmma=True)
+        return ProductConfig(128 // sides, step, 4, 3, ranks=16, group=group, wgmma=True)
     if rows <= 32:
-        return ProductConfig(64, 64, warps=4, stages=4)
+        return ProductConfig(64, 64, warps=4, stages=4, ranks=32)
     return ProductConfig(256 // sides, 64, warps=8, stages=4, ranks=16, group=4)
 
 
@@ -145,13 +183,14 @@ def product(
     assert out.shape == (len(work.order), width)
     assert weights.bias is None or weights.bias.is_contiguous()
     assert update is None or update.z.shape[1] == sides
+    word_step = scale_step = 0
     if isinstance(weight, Mxfp4):
         assert depth % config.depth == 0, f"{depth} columns are no multiple of {config.depth}"
         assert width % 32 == 0
-        data, scales = weight.words, weight.scales
+        data, scales, (word_step, scale_step) = weight.words, weight.scales, weight.steps()
     else:
         data = scales = weight
-    assert data.is_contiguous()
+        assert data.is_contiguous()
     if not len(work.tiles):
         return
     if not len(work.segments):  # then shrink, for which a product with updates waits late, was not launched
@@ -166,13 +205,14 @@ def product(
         out, x, data, scales, data if weights.bias is None else weights.bias, work.order, work.weight, work.tiles,
         work.segments, z, *table, len(work.tiles), 0 if update is None else update.site, table[0].stride(0),
         z.shape[-1],
-        N=width, K=depth, TOP_K=work.top_k, GATHER=gather, PACKED=isinstance(weight, Mxfp4), SIDES=sides,
-        BIAS=weights.bias is not None,
+        N=width, K=depth, TOP_K=work.top_k, GATHER=gather, PACKED=isinstance(weight, Mxfp4), WORDS=word_step,
+        SCALES=scale_step, SIDES=sides, BIAS=weights.bias is not None,
         LIMIT=0.0 if how.limit is None else how.limit, CLAMP=how.limit is not None, ALPHA=how.alpha,
-        UPDATE=update is not None, RANKS=config.ranks,
+        UPDATE=update is not None, RANKS=config.ranks, AHEAD=config.ahead and not triton.knobs.runtime.interpret,
         ALIGNED=math.gcd(width, FACTOR_ALIGNMENT), WEIGH=weigh_input,
         ROWS=work.rows, F=config.features, DEPTH=config.depth, STAGES=stages, GROUP=config.group,
-        WGMMA=config.wgmma, EXACT=x.dtype == torch.float32, num_warps=config.warps, **launch_options(pdl),
+        WGMMA=config.wgmma, SPLIT=config.split, EXACT=x.dtype == torch.float32, LAUNCH=config.launch if pdl else 0,
+        num_warps=config.warps, maxnreg=config.registers or None, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -181,30 +221,30 @@ def _product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     out, x, data, scales, bias, order, weight, tiles, segments, z, first, count, b, rank, pool,
     capacity, site, slots, z_columns,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, PACKED: tl.constexpr,
+    WORDS: tl.constexpr, SCALES: tl.constexpr,
     SIDES: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, ALPHA: tl.constexpr,
-    UPDATE: tl.constexpr, RANKS: tl.constexpr, ALIGNED: tl.constexpr,
+    UPDATE: tl.constexpr, RANKS: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
     WEIGH: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr,
-    DEPTH: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, WGMMA: tl.constexpr, EXACT: tl.constexpr,
-    PDL: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, WGMMA: tl.constexpr, SPLIT: tl.constexpr,
+    EXACT: tl.constexpr, LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (N + F - 1) // F
     within = tl.program_id(0) % (GROUP * BLOCKS)
     tile = tl.program_id(0) // (GROUP * BLOCKS) * GROUP + within % GROUP
     block = within // GROUP
-    if PDL:
+    if PDL and LAUNCH == 1:
         tl.extra.cuda.gdc_launch_dependents()
-        if (
-            not UPDATE
-        ):  # else the kernel in front is shrink, which starts this one when its own input is complete
-            tl.extra.cuda.gdc_wait()
-    rows = 0
-    if tile < capacity:
-        rows = tl.load(tiles + tile * 5 + 2)
-    if rows == 0:
+    if PDL and not UPDATE:  # else shrink is in front, which starts this one when its own input is complete
+        tl.extra.cuda.gdc_wait()
+        if LAUNCH == 2:
+            tl.extra.cuda.gdc_launch_dependents()
+    listed = tiles + tl.minimum(tile, capacity - 1) * 5
+    expert, start, rows = tl.load(listed).to(tl.int64), tl.load(listed + 1), tl.load(listed + 2)
+    begin, end = tl.load(listed + 3), tl.load(listed + 4)
+    if (rows == 0) | (tile >= capacity):
         if PDL and UPDATE:
             tl.extra.cuda.gdc_wait()
         return
-    expert, start = tl.load(tiles + tile * 5).to(tl.int64), tl.load(tiles + tile * 5 + 1)
     n = tl.arange(0, ROWS)
     place = start + tl.minimum(n, rows - 1)
     pair = tl.load(order + place)
@@ -212,42 +252,79 @@ def _product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         x_row = x + (pair // TOP_K).to(tl.int64) * K
     else:
         x_row = x + place.to(tl.int64) * K
-
+    f = tl.arange(0, F)
+    feature = block * F + f
     if PACKED:
-        acc = _packed_product(
-            x_row, data, scales, expert, block, N, K, SIDES, ROWS, F, DEPTH, STAGES, WGMMA, EXACT
-        )
-        f = tl.arange(0, F)
         feature = block * F + f // 16 % (F // 32) * 32 + f // (F // 2) * 16 + f % 16
         feature = tl.max_contiguous(tl.multiple_of(feature, 16), 16)
-    else:
-        acc = _plain_product(x_row, data, expert, block, N, K, SIDES, ROWS, F, DEPTH, STAGES)
-        feature = block * F + tl.arange(0, F)
     fits = feature < N
+    at_bias = bias + expert * (SIDES * N) + feature
+    site_slots = (site + 3 * expert.to(tl.int32)) * slots
+    blocks = 0
+    if AHEAD:
+        if PACKED:  # weights first: to find the factors takes a chain of loads
+            columns: tl.constexpr = min(SPLIT * DEPTH * max(STAGES - 1, 1), K)
+            _fetch_weights(data, scales, expert, block, N, K, SIDES, F, columns, WORDS, SCALES)
+        for side in tl.static_range(SIDES if BIAS else 0):
+            fetch(at_bias + side * N, fits & (f % 8 == 0))
+    if UPDATE:
+        blocks = most_blocks(segments, begin, end, count + site_slots, slots, SIDES, ROWS)
+        if AHEAD:
+            fetch_factors(
+                segments, begin, end, blocks, block * F, site_slots, slots, first, count, b, rank, pool,
+                N, SIDES, RANKS, ALIGNED, F,
+            )  # fmt: skip
+
+    if PACKED and WGMMA:
+        acc = scales_then_sums(
+            x_row, data, scales, expert, block, N, K, SIDES, ROWS, F, DEPTH, STAGES, EXACT, WORDS, SCALES
+        )  # fmt: skip
+    elif PACKED:
+        acc = sums_then_scales(
+            x_row, data, scales, expert, block, N, K, SIDES, ROWS, F, DEPTH, STAGES, SPLIT, EXACT, WORDS, SCALES
+        )  # fmt: skip
+    else:
+        acc = _plain_product(x_row, data, expert, block, N, K, SIDES, ROWS, F, DEPTH, STAGES, SPLIT)
     up = acc
     if SIDES == 2:
         acc, up = _sides(acc, PACKED, F, ROWS)
+    if PDL and LAUNCH == 3:
+        tl.extra.cuda.gdc_launch_dependents()
 
     if UPDATE:
-        begin, end = tl.load(tiles + tile * 5 + 3), tl.load(tiles + tile * 5 + 4)
         acc, up = expand(
-            acc, up, z, segments, begin, end, expert.to(tl.int32), start, feature, fits, first, count, b, rank, pool,
-            site, slots, z_columns, N, SIDES, ROWS, RANKS, ALIGNED, PDL,
+            acc, up, z, segments, begin, end, blocks, start, feature, fits, site_slots, slots, first, count, b, rank,
+            pool, z_columns, N, SIDES, ROWS, RANKS, ALIGNED, PDL,
         )  # fmt: skip
         if PDL:
             tl.extra.cuda.gdc_wait()
+            if LAUNCH == 2:
+                tl.extra.cuda.gdc_launch_dependents()
     if WEIGH:
         by = tl.load(weight + pair)[None, :]
         acc, up = acc * by, up * by
     if BIAS:
-        at = bias + expert * (SIDES * N) + feature
-        acc += tl.load(at, fits, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(at_bias, fits, other=0.0).to(tl.float32)[:, None]
         if SIDES == 2:
-            up += tl.load(at + N, fits, other=0.0).to(tl.float32)[:, None]
+            up += tl.load(at_bias + N, fits, other=0.0).to(tl.float32)[:, None]
     if SIDES == 2:
         acc = _activate(acc, up, LIMIT, CLAMP, ALPHA)
     to = out + (start + n).to(tl.int64)[None, :] * N + feature[:, None]
     tl.store(to, acc.to(out.dtype.element_ty), (n < rows)[None, :] & fits[:, None])
+
+
+@kernel()
+def _fetch_weights(  # type: ignore[no-untyped-def]
+    words, scales, expert, block, N: tl.constexpr, K: tl.constexpr, SIDES: tl.constexpr, F: tl.constexpr,
+    COLUMNS: tl.constexpr, WORDS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """Order the first COLUMNS columns of packed weights into the L2 cache, 64 bytes at a time."""
+    group = first_group(tl.arange(0, SIDES * F // 32), expert, block, N, K, SIDES, F // 32)[:, None]
+    i = tl.arange(0, triton.next_power_of_2(COLUMNS // 4))[None, :] * 16
+    fetch(words + group * WORDS + i, (group >= 0) & (i < COLUMNS // 32 * WORDS))
+    if SCALES == 8:  # else they lie among the words
+        j = tl.arange(0, triton.next_power_of_2(COLUMNS // 64))[None, :] * 16
+        fetch(scales + group * SCALES + j, (group >= 0) & (j < COLUMNS // 32 * SCALES))
 
 
 @kernel()
@@ -270,72 +347,33 @@ def _activate(gate, up, LIMIT: tl.constexpr, CLAMP: tl.constexpr, ALPHA: tl.cons
 
 
 @kernel()
-def _packed_product(  # type: ignore[no-untyped-def]
-    x_row, words, scales, expert, block,
-    N: tl.constexpr, K: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, WGMMA: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """[SIDES · F, ROWS] of block `block`, rows ordered (mt, side, tile, rh, g)."""
-    HALF: tl.constexpr = F // 32
-    TILES: tl.constexpr = SIDES * HALF
-    KIND: tl.constexpr = x_row.dtype.element_ty
-    i = tl.arange(0, TILES)
-    tile = tl.minimum(block * HALF + i % HALF, N // 32 - 1) + i // HALF * (N // 32)
-    tile = (expert * (SIDES * N // 32) + tile) * (K // 32)
-    at = words + tile[:, None] * 128 + tl.arange(0, 128)[None, :]
-    at_scale = scales + tile[:, None] * 8 + tl.arange(0, 8)[None, :]
-    acc = tl.zeros((TILES * 32, ROWS), tl.float32)
-    if WGMMA:
-        at_x = x_row[:, None] + tl.arange(0, 32)[None, :]
-        for _ in tl.range(0, K, DEPTH, num_stages=STAGES):
-            for g in tl.static_range(DEPTH // 32):
-                p0, p1, p2, p3 = unpack_pairs(tl.load(at + g * 128), TILES)
-                s = tl.load(at_scale + g * 8)
-                if EXACT:
-                    w = join_pairs(p0, p1, p2, p3, TILES, True, True) * scales_of_rows(s, TILES)[:, None]
-                else:
-                    p0, p1, p2, p3 = scale_pairs(p0, p1, p2, p3, s, TILES)
-                    w = join_pairs(p0, p1, p2, p3, TILES, True, False)
-                acc = tl.dot(w, tl.trans(tl.load(at_x + g * 32)), acc, input_precision="ieee")
-            at += DEPTH * 4
-            at_scale += DEPTH // 4
-            at_x += DEPTH
-        return acc
-    at_x = x_row[:, None] + tl.arange(0, 16)[None, :]
-    for _ in tl.range(0, K, DEPTH, num_stages=STAGES):
-        for g in tl.static_range(DEPTH // 32):
-            p0, p1, p2, p3 = unpack_pairs(tl.load(at + g * 128), TILES)
-            s = tl.load(at_scale + g * 8)
-            v = order_columns(tl.load(at_x + g * 32), tl.load(at_x + g * 32 + 16), ROWS)
-            v = (v * 18446744073709551616.0).to(KIND)  # 2^64
-            w = join_pairs(p0, p1, p2, p3, TILES, False, EXACT)
-            acc += tl.dot(w, v, input_precision="ieee") * scales_of_rows(s, TILES)[:, None]
-        at += DEPTH * 4
-        at_scale += DEPTH // 4
-        at_x += DEPTH
-    return acc * 5.421010862427522e-20  # 2^-64
-
-
-@kernel()
 def _plain_product(  # type: ignore[no-untyped-def]
     x_row, data, expert, block,
     N: tl.constexpr, K: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """[SIDES · F, ROWS] of block `block`, the first side's features first."""
+    """[SIDES · F, ROWS] of block `block`, the first side's features first; parts as in `mxfp4.sums_then_scales`."""
     i = tl.arange(0, SIDES * F)
     row = tl.minimum(block * F + i % F, N - 1) + i // F * N
     k = tl.arange(0, DEPTH)
     at = data + (expert * (SIDES * N) + row)[:, None] * K + k[None, :]
     at_x = x_row[:, None] + k[None, :]
+    column = k[None, :]
     acc = tl.zeros((SIDES * F, ROWS), tl.float32)
-    for step in tl.range(0, K, DEPTH, num_stages=STAGES):
-        if K % DEPTH == 0:
+    if SPLIT > 1:
+        part = tl.arange(0, SPLIT)[:, None, None] * DEPTH
+        at, at_x, column = at[None, :, :] + part, at_x[None, :, :] + part, column[None, :, :] + part
+        acc = tl.zeros((SPLIT, SIDES * F, ROWS), tl.float32)
+    for step in tl.range(0, K, SPLIT * DEPTH, num_stages=STAGES):
+        if K % (SPLIT * DEPTH) == 0:
             w, v = tl.load(at), tl.load(at_x)
         else:
-            there = (step + k < K)[None, :]
+            there = column < K - step
             w, v = tl.load(at, there, other=0.0), tl.load(at_x, there, other=0.0)
-        acc = tl.dot(w, tl.trans(v), acc, input_precision="ieee")
-        at += DEPTH
-        at_x += DEPTH
-    return acc
+        if SPLIT > 1:
+            acc = tl.dot(w, tl.permute(v, (0, 2, 1)), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(w, tl.trans(v), acc, input_precision="ieee")
+        at += SPLIT * DEPTH
+        at_x += SPLIT * DEPTH
+    return add_parts(acc, SPLIT, SIDES * F, ROWS)

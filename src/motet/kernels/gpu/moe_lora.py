@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from motet.errors import ConfigError
 from motet.kernels.gpu.jit import kernel, launch_options, tl
-from motet.kernels.gpu.lora import FACTOR_ALIGNMENT, RankBlocks
+from motet.kernels.gpu.lora import FACTOR_ALIGNMENT, RANKS, RankBlocks, check_config
 from motet.kernels.gpu.route import Sorted
 
 
@@ -38,7 +39,8 @@ class ExpertUpdate:
 @dataclass(frozen=True)
 class ShrinkConfig:
     """How shrink is compiled: warps, with `split` each of them for columns of its own; columns per product and step;
-    ranks of a product (a multiple of 16); programs for the ranks of a side; stages."""
+    ranks of a product (a multiple of 16); programs for the ranks of a side; stages; when the product may start, after
+    shrink's wait (`launch` 2) or never before it ends (0): it reads what is complete by then without waiting."""
 
     warps: int = 8
     split: bool = True
@@ -46,6 +48,12 @@ class ShrinkConfig:
     ranks: int = 16
     lanes: int = 2
     stages: int = 4
+    launch: int = 2
+
+    def __post_init__(self) -> None:
+        check_config(self, {"ranks": RANKS, "launch": 0}, ("warps", "depth", "ranks"))
+        if self.launch not in (0, 2):
+            raise ConfigError(f"launch = {self.launch} must be 0 or 2")
 
 
 DECODE = ShrinkConfig()
@@ -96,7 +104,7 @@ def shrink(
             table.pool, update.site, table.first.stride(0), z.shape[2], SIDES=z.shape[1], LANES=lanes, K=depth,
             TOP_K=work.top_k if gather else 0, ROWS=work.rows, SPLIT=config.warps if config.split else 1,
             RANKS=config.ranks, DEPTH=config.depth, ALIGNED=math.gcd(depth, FACTOR_ALIGNMENT), STAGES=config.stages,
-            num_warps=config.warps, **launch_options(pdl),
+            LAUNCH=config.launch if pdl else 0, num_warps=config.warps, **launch_options(pdl),
         )  # fmt: skip
 
 
@@ -105,16 +113,18 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     z, x, order, counts, segments, first, count, a, rank, scale, pool, site, slots, z_columns,
     SIDES: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, RANKS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     segment, side, lane = tl.program_id(0), tl.program_id(1) // LANES, tl.program_id(1) % LANES
     if PDL:  # in this order: who comes next may then read what route wrote without waiting for this kernel
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if segment >= tl.load(counts + 1):
-        return
+        if LAUNCH == 2:
+            tl.extra.cuda.gdc_launch_dependents()
+    used = tl.load(counts + 1)  # what one row waits for is the chain of loads, so none waits for this one
     expert, slot = tl.load(segments + segment * 4), tl.load(segments + segment * 4 + 1)
     start, rows = tl.load(segments + segment * 4 + 2), tl.load(segments + segment * 4 + 3)
+    if segment >= used:
+        return
     at = (site + 3 * expert) * slots + slot
     run, blocks = tl.load(first + at + side * slots), tl.load(count + at + side * slots)
     other_run, others = run, blocks
@@ -137,6 +147,10 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
             shared = mine & (tl.load(a + other_run + block, block < others, other=-1) == offset)
             if side == 1:
                 mine = mine & (shared == 0)
+        by = tl.load(scale + run + block, mine, other=0.0)[:, None]
+        by_other = by
+        if SIDES == 2:
+            by_other = tl.load(scale + other_run + block, shared, other=0.0)[:, None]
         if tl.max(mine.to(tl.int32), 0) > 0:
             there = mine & (r % 16 < tl.load(rank + run + block, mine, other=0))
             at_a = pool + tl.multiple_of(offset + r % 16 * K, ALIGNED)
@@ -145,14 +159,10 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
             else:
                 total = _split_products(at_a, at_x, there, inside, K, RANKS, ROWS, SPLIT, DEPTH, STAGES)
             to = at_z + (16 * begin + r)[:, None]
-            by = tl.load(scale + run + block, mine, other=0.0)[:, None]
             tl.store(to, (total * by).to(z.dtype.element_ty), mine[:, None] & inside[None, :])
-            if SIDES == 2:  # one is known to the compiler, one is not
-                if side == 0:
-                    by = tl.load(scale + other_run + block, shared, other=0.0)[:, None]
-                tl.store(
-                    to + z_columns, (total * by).to(z.dtype.element_ty), shared[:, None] & inside[None, :]
-                )
+            if SIDES == 2:  # only side 0 has something to share
+                total = (total * by_other).to(z.dtype.element_ty)
+                tl.store(to + z_columns, total, shared[:, None] & (inside & (side == 0))[None, :])
 
 
 @kernel()
@@ -189,9 +199,74 @@ def _split_products(  # type: ignore[no-untyped-def]
 
 
 @kernel()
+def most_blocks(segments, begin, end, count, slots, SIDES: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rank blocks of the longest of segments [begin, end) of a tile; `count` is at the site's slot 0."""
+    every = begin + tl.arange(0, ROWS)
+    count += tl.load(segments + every * 4 + 1, every < end, other=0)
+    blocks = tl.max(tl.load(count, every < end, other=0), 0)
+    if SIDES == 2:
+        blocks = tl.maximum(blocks, tl.max(tl.load(count + slots, every < end, other=0), 0))
+    return blocks
+
+
+@kernel()
+def _find(  # type: ignore[no-untyped-def]
+    item, segments, begin, end, blocks, at, slots, first, count, b, rank,
+    WIDTH: tl.constexpr, SIDES: tl.constexpr, RANKS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Of RANKS ranks of segments [begin, end): their segment and rank block, and for each side whether that block
+    exists, whether the rank does and where in the pool its row of B begins. `at` is the site's slot 0 in the table.
+
+    Every segment is given `blocks` rank blocks: item i is block i % blocks of segment i // blocks.
+    """
+    c = tl.arange(0, RANKS)
+    i = item + c // 16
+    there = i < (end - begin) * blocks
+    segment, block = segments + (begin + i // blocks) * 4, i % blocks
+    at += tl.load(segment + 1, there, other=0)
+    side = _factor(at, block, there, c % 16, first, count, b, rank, WIDTH, ALIGNED)
+    side_up = side
+    if SIDES == 2:
+        side_up = _factor(at + slots, block, there, c % 16, first, count, b, rank, WIDTH, ALIGNED)
+    return segment, block, side, side_up
+
+
+@kernel()
+def _factor(at, block, there, r, first, count, b, rank, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    there = there & (block < tl.load(count + at, there, other=0))
+    block += tl.load(first + at, there, other=0)
+    full = there & (r < tl.load(rank + block, there, other=0))
+    return there, full, tl.multiple_of(tl.load(b + block, there, other=0) + r * WIDTH, ALIGNED)
+
+
+@kernel()
+def fetch_factors(  # type: ignore[no-untyped-def]
+    segments, begin, end, blocks, feature, at, slots, first, count, b, rank, pool,
+    WIDTH: tl.constexpr, SIDES: tl.constexpr, RANKS: tl.constexpr, ALIGNED: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Order what `expand` will read first, columns [feature, feature + F), into the caches."""
+    _, _, side, side_up = _find(
+        0, segments, begin, end, blocks, at, slots, first, count, b, rank, WIDTH, SIDES, RANKS, ALIGNED
+    )
+    column = feature + tl.arange(0, F // 16)[None, :] * 16
+    fetch(pool + side[2][:, None] + column, side[1][:, None] & (column < WIDTH))
+    if SIDES == 2:
+        fetch(pool + side_up[2][:, None] + column, side_up[1][:, None] & (column < WIDTH))
+
+
+@kernel()
+def fetch(at, there):  # type: ignore[no-untyped-def]
+    """Order 32 bytes at each pointer into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [at.to(tl.int64), there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@kernel()
 def expand(  # type: ignore[no-untyped-def]
-    acc, up, z, segments, begin, end, expert, tile_start, feature, fits, first, count, b, rank, pool,
-    site, slots, z_columns,
+    acc, up, z, segments, begin, end, blocks, tile_start, feature, fits, at, slots, first, count, b, rank, pool,
+    z_columns,
     WIDTH: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -200,57 +275,26 @@ def expand(  # type: ignore[no-untyped-def]
     `feature` [F] are the columns of B that these are, `fits` which of them exist; RANKS ranks are multiplied at once.
     With PDL this waits for shrink.
     """
-    every = begin + tl.arange(0, ROWS)
-    of_every = count + (site + 3 * expert) * slots + tl.load(segments + every * 4 + 1, every < end, other=0)
-    blocks = tl.max(tl.load(of_every, every < end, other=0), 0)
-    if SIDES == 2:
-        blocks = tl.maximum(blocks, tl.max(tl.load(of_every + slots, every < end, other=0), 0))
-    # Every segment is given that many: item i is block i % blocks of segment i // blocks.
-    c, n = tl.arange(0, RANKS), tl.arange(0, ROWS)
+    n, r = tl.arange(0, ROWS), tl.arange(0, RANKS) % 16
     at_z = z + ((tile_start + n).to(tl.int64) * (SIDES * z_columns))[None, :]
     for item in tl.range(0, (end - begin) * blocks, RANKS // 16, num_stages=1):
-        i = item + c // 16
-        block, there = i % blocks, i < (end - begin) * blocks
-        segment = segments + (begin + i // blocks) * 4
-        at = (site + 3 * expert) * slots + tl.load(segment + 1, there, other=0)
-        low = (tl.load(segment + 2, there, other=0) - tile_start)[:, None]
-        owns = (n[None, :] >= low) & (n[None, :] < low + tl.load(segment + 3, there, other=0)[:, None])
-        w, full = _factor(at, block, there, first, count, b, rank, pool, c, feature, fits, WIDTH, ALIGNED)
+        segment, block, side, side_up = _find(
+            item, segments, begin, end, blocks, at, slots, first, count, b, rank, WIDTH, SIDES, RANKS, ALIGNED
+        )
+        w = tl.load(pool + side[2][:, None] + feature[None, :], side[1][:, None] & fits[None, :], other=0.0)
         if SIDES == 2:
-            w_up, full_up = _factor(
-                at + slots, block, there, first, count, b, rank, pool, c, feature, fits, WIDTH, ALIGNED
+            w_up = tl.load(
+                pool + side_up[2][:, None] + feature[None, :], side_up[1][:, None] & fits[None, :], other=0.0
             )
+        low = tl.load(segment + 2, side[0] | side_up[0], other=0) - tile_start
+        high = low + tl.load(segment + 3, side[0] | side_up[0], other=0)
+        owns = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
         if PDL:
             tl.extra.cuda.gdc_wait()
-        at_v = at_z + (16 * block + c % 16)[:, None]
-        v = tl.load(at_v, owns & full[:, None], other=0.0)
-        if SIDES == 2:
-            v_up = tl.load(at_v + z_columns, owns & full_up[:, None], other=0.0)
+        at_v = at_z + tl.max_contiguous(tl.multiple_of(16 * block + r, 16), 16)[:, None]
+        v = tl.load(at_v, owns & side[0][:, None], other=0.0)
         acc = tl.dot(tl.trans(w).to(v.dtype), v, acc, input_precision="ieee")
         if SIDES == 2:
+            v_up = tl.load(at_v + z_columns, owns & side_up[0][:, None], other=0.0)
             up = tl.dot(tl.trans(w_up).to(v.dtype), v_up, up, input_precision="ieee")
     return acc, up
-
-
-@kernel()
-def _factor(  # type: ignore[no-untyped-def]
-    at,
-    block,
-    there,
-    first,
-    count,
-    b,
-    rank,
-    pool,
-    c,
-    feature,
-    fits,
-    WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """B [RANKS, F] of rank blocks `block` of the sites and slots `at`, and which of the ranks exist."""
-    there = there & (block < tl.load(count + at, there, other=0))
-    block += tl.load(first + at, there, other=0)
-    full = there & (c % 16 < tl.load(rank + block, there, other=0))
-    factor = tl.multiple_of(tl.load(b + block, there, other=0) + c % 16 * WIDTH, ALIGNED)
-    return tl.load(pool + factor[:, None] + feature[None, :], full[:, None] & fits[None, :], other=0.0), full

@@ -39,7 +39,10 @@ _PLACES = (((0, 1, 2), 9), ((4, 5, 6), 13), ((10, 11, 12), 19), ((14, 7, 8), 15)
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """Packed weights [.., N, K]: `words` [.., N/32, K/32, 128] int32 and `scales` [.., N/32, K/32, 8] int32."""
+    """Packed weights [.., N, K]: `words` [.., N/32, K/32, 128] int32 and `scales` [.., N/32, K/32, 8] int32.
+
+    Both may be views of one tensor in which the words and scales of a group follow each other.
+    """
 
     words: Tensor
     scales: Tensor
@@ -68,6 +71,14 @@ class Mxfp4:
             words.view(*lead, rows // TILE, groups, 128),
             torch.stack([_pack_scales(one) for one in flat_scales]).view(*lead, rows // TILE, groups, 8),
         )
+
+    def steps(self) -> tuple[int, int]:
+        """Words between neighbouring groups in `words` and in `scales`, whose tiles and rows of tiles adjoin."""
+        _, tiles, groups, _ = self.words.shape
+        for part in (self.words, self.scales):
+            step = part.stride(2)
+            assert part.stride() == (tiles * groups * step, groups * step, step, 1)
+        return self.words.stride(2), self.scales.stride(2)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Codes [.., N, K/2] and scales [.., N, K/32] as `pack` took them."""
@@ -132,6 +143,113 @@ def _to_int32(bits: Tensor) -> Tensor:
 
 
 @kernel()
+def sums_then_scales(  # type: ignore[no-untyped-def]
+    x_row, words, scales, expert, block,
+    N: tl.constexpr, K: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, WORDS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """[SIDES · F, ROWS], rows ordered (mt, side, tile, rh, g), of block `block` and the rows x_row [ROWS].
+
+    SPLIT parts take turns of DEPTH columns and are added up pairwise at the end: a warp takes whole parts, so that
+    warps share neither weights nor columns of x.
+    """
+    HALF: tl.constexpr = F // 32
+    TILES: tl.constexpr = SIDES * HALF
+    KIND: tl.constexpr = x_row.dtype.element_ty
+    EVEN: tl.constexpr = K % (SPLIT * DEPTH) == 0
+    i = tl.arange(0, SPLIT * TILES)
+    group = first_group(i % TILES, expert, block, N, K, SIDES, HALF) + i // TILES * (DEPTH // 32)
+    at = words + group[:, None] * WORDS + tl.arange(0, 128)[None, :]
+    at_scale = scales + group[:, None] * SCALES + tl.arange(0, 8)[None, :]
+    first = i // TILES * DEPTH
+    column = tl.arange(0, 16)
+    if SPLIT > 1:
+        first_x = tl.arange(0, SPLIT)[:, None, None] * DEPTH
+        at_x = x_row[None, :, None] + first_x + column[None, None, :]
+        acc = tl.zeros((SPLIT, TILES * 32, ROWS), tl.float32)
+    else:
+        at_x = x_row[:, None] + column[None, :]
+        acc = tl.zeros((TILES * 32, ROWS), tl.float32)
+    for step in tl.range(0, K, SPLIT * DEPTH, num_stages=STAGES):
+        for g in tl.static_range(DEPTH // 32):
+            if EVEN:
+                w, s = tl.load(at + g * WORDS), tl.load(at_scale + g * SCALES)
+                low, high = tl.load(at_x + g * 32), tl.load(at_x + g * 32 + 16)
+            else:
+                there, there_x = (first < K - step)[:, None], first_x < K - step
+                w = tl.load(at + g * WORDS, there, other=0)
+                s = tl.load(at_scale + g * SCALES, there, other=0)
+                low = tl.load(at_x + g * 32, there_x, other=0.0)
+                high = tl.load(at_x + g * 32 + 16, there_x, other=0.0)
+            p0, p1, p2, p3 = unpack_pairs(w, SPLIT * TILES)
+            v = order_columns(low, high, SPLIT, ROWS)
+            v = (v * 18446744073709551616.0).to(KIND)  # 2^64
+            product = tl.dot(join_pairs(p0, p1, p2, p3, SPLIT, TILES, EXACT), v, input_precision="ieee")
+            acc += product * tl.expand_dims(scales_of_rows(s, SPLIT, TILES), -1)
+        at += SPLIT * (DEPTH // 32) * WORDS
+        at_scale += SPLIT * (DEPTH // 32) * SCALES
+        at_x += SPLIT * DEPTH
+    return add_parts(acc, SPLIT, TILES * 32, ROWS) * 5.421010862427522e-20  # 2^-64
+
+
+@kernel()
+def scales_then_sums(  # type: ignore[no-untyped-def]
+    x_row, words, scales, expert, block,
+    N: tl.constexpr, K: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, EXACT: tl.constexpr, WORDS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """The same for many rows: all warps on one sum, weights scaled on their way to wgmma."""
+    HALF: tl.constexpr = F // 32
+    TILES: tl.constexpr = SIDES * HALF
+    group = first_group(tl.arange(0, TILES), expert, block, N, K, SIDES, HALF)
+    at = words + group[:, None] * WORDS + tl.arange(0, 128)[None, :]
+    at_scale = scales + group[:, None] * SCALES + tl.arange(0, 8)[None, :]
+    at_x = x_row[:, None] + tl.arange(0, 32)[None, :]
+    acc = tl.zeros((TILES * 32, ROWS), tl.float32)
+    for _ in tl.range(0, K, DEPTH, num_stages=STAGES):
+        for g in tl.static_range(DEPTH // 32):
+            p0, p1, p2, p3 = unpack_pairs(tl.load(at + g * WORDS), TILES)
+            s = tl.load(at_scale + g * SCALES)
+            if EXACT:
+                w = join_wide(p0, p1, p2, p3, TILES, True) * scales_of_rows(s, 1, TILES)[:, None]
+            else:
+                p0, p1, p2, p3 = scale_pairs(p0, p1, p2, p3, s, TILES)
+                w = join_wide(p0, p1, p2, p3, TILES, False)
+            acc = tl.dot(w, tl.trans(tl.load(at_x + g * 32)), acc, input_precision="ieee")
+        at += (DEPTH // 32) * WORDS
+        at_scale += (DEPTH // 32) * SCALES
+        at_x += DEPTH
+    return acc
+
+
+@kernel()
+def first_group(  # type: ignore[no-untyped-def]
+    i, expert, block, N: tl.constexpr, K: tl.constexpr, SIDES: tl.constexpr, HALF: tl.constexpr
+):
+    """Where the groups of the block's tiles i begin, HALF tiles of each side."""
+    tile = tl.minimum(block * HALF + i % HALF, N // 32 - 1) + i // HALF * (N // 32)
+    return (expert * (SIDES * N // 32) + tile) * (K // 32)
+
+
+@kernel()
+def add_parts(acc, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[M, N] of [SPLIT, M, N]: neighbours first, whatever thread holds them (`tl.sum` goes by the layout)."""
+    if SPLIT == 8:
+        acc = _add_pairs(acc, 4, M, N)
+    if SPLIT >= 4:
+        acc = _add_pairs(acc, 2, M, N)
+    if SPLIT >= 2:
+        acc = _add_pairs(acc, 1, M, N)
+    return tl.reshape(acc, (M, N))
+
+
+@kernel()
+def _add_pairs(acc, PAIRS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    one, other = tl.split(tl.permute(tl.reshape(acc, (PAIRS, 2, M, N)), (0, 2, 3, 1)))
+    return one + other
+
+
+@kernel()
 def unpack_pairs(words, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
     """words [TILES, 128] int32 to the four pairs of each, [TILES, 8 g, 4 t, 2 mt, 2 rh] int32."""
     words = tl.reshape(words, (TILES, 8, 4, 2, 2))
@@ -143,47 +261,70 @@ def unpack_pairs(words, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def join_pairs(p0, p1, p2, p3, TILES: tl.constexpr, WGMMA: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pairs to an operand [TILES · 32, 32] of a product; its rows are ordered (mt, tile, rh, g).
+def join_pairs(  # type: ignore[no-untyped-def]
+    p0, p1, p2, p3, SPLIT: tl.constexpr, TILES: tl.constexpr, EXACT: tl.constexpr
+):
+    """Pairs of SPLIT · TILES tiles to operands [SPLIT,] [TILES · 32, 32]; their rows are ordered (mt, tile, rh, g).
 
-    Its columns are those of `order_columns` for mma.sync and the natural ones for wgmma: then no thread needs another
-    thread's part. EXACT gives float32 instead of bfloat16.
+    The columns are those of `order_columns`: then no thread needs another thread's part.
     """
-    pairs = tl.join(tl.join(p0, p1), tl.join(p2, p3))  # [.., h, step]
+    both = _values(p0, p1, p2, p3, EXACT)
+    if SPLIT > 1:
+        both = tl.reshape(both, (SPLIT, TILES, 8, 4, 2, 2, 2, 2, 2))
+        both = tl.reshape(tl.permute(both, (0, 4, 1, 5, 2, 6, 3, 7, 8)), (SPLIT, TILES * 32, 32))
+    else:
+        both = tl.reshape(tl.permute(both, (3, 0, 4, 1, 5, 2, 6, 7)), (TILES * 32, 32))
+    return both
+
+
+@kernel()
+def join_wide(p0, p1, p2, p3, TILES: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same for wgmma, [TILES · 32, 32] with columns in their natural order."""
+    both = tl.permute(_values(p0, p1, p2, p3, EXACT), (3, 0, 4, 1, 6, 5, 2, 7))
+    return tl.reshape(both, (TILES * 32, 32))
+
+
+@kernel()
+def _values(p0, p1, p2, p3, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[tile, g, t, mt, rh, h, step, half] bfloat16, or float32 if EXACT."""
+    pairs = tl.join(tl.join(p0, p1), tl.join(p2, p3))
     if EXACT:
         low, high = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
         both = tl.join(low, high)
     else:
         both = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)).to(tl.bfloat16, bitcast=True)
-    # 0 tile, 1 g, 2 t, 3 mt, 4 rh, 5 h, 6 step, 7 half
-    if WGMMA:
-        both = tl.permute(both, (3, 0, 4, 1, 6, 5, 2, 7))
-    else:
-        both = tl.permute(both, (3, 0, 4, 1, 5, 2, 6, 7))
-    return tl.reshape(both, (TILES * 32, 32))
+    return both
 
 
 @kernel()
-def order_columns(first, second, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns 0-15 and 16-31 of x, [ROWS, 16] each, to [32, ROWS] in the order (h, t, step, half).
+def order_columns(low, high, SPLIT: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns 0-15 and 16-31 of x, [SPLIT,] [ROWS, 16] each, to [SPLIT,] [32, ROWS] in the order (h, t, step, half).
 
     Triton gives mma.sync operands of which a thread holds four columns in a row. Two loads of 16 columns become two
     ldmatrix whose registers are already neighbours; one of 32 costs a move for each register.
     """
-    both = tl.join(
-        tl.reshape(first, (ROWS, 2, 4, 2)), tl.reshape(second, (ROWS, 2, 4, 2))
-    )  # row h t half step
-    return tl.reshape(tl.permute(both, (1, 2, 4, 3, 0)), (32, ROWS))
+    both = tl.join(tl.reshape(low, (SPLIT * ROWS, 2, 4, 2)), tl.reshape(high, (SPLIT * ROWS, 2, 4, 2)))
+    if SPLIT > 1:
+        both = tl.permute(tl.reshape(both, (SPLIT, ROWS, 2, 4, 2, 2)), (0, 2, 3, 5, 4, 1))
+        both = tl.reshape(both, (SPLIT, 32, ROWS))
+    else:
+        both = tl.reshape(tl.permute(both, (1, 2, 4, 3, 0)), (32, ROWS))  # of row, h, t, half, step
+    return both
 
 
 @kernel()
-def scales_of_rows(scales, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """scales [TILES, 8] int32 to float32 [TILES · 32], rows ordered (mt, tile, rh, g)."""
+def scales_of_rows(scales, SPLIT: tl.constexpr, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """scales [SPLIT · TILES, 8] int32 to float32 [SPLIT,] [TILES · 32], rows ordered (mt, tile, rh, g)."""
     mask: tl.constexpr = 0x7F800000
     first = tl.join((scales << 23) & mask, (scales << 15) & mask)
     second = tl.join((scales << 7) & mask, (scales >> 1) & mask)
-    both = tl.permute(tl.join(first, second), (3, 0, 2, 1))  # of tile, g, rh, mt
-    return tl.reshape(both, (TILES * 32,)).to(tl.float32, bitcast=True)
+    both = tl.join(first, second)
+    if SPLIT > 1:
+        both = tl.permute(tl.reshape(both, (SPLIT, TILES, 8, 2, 2)), (0, 4, 1, 3, 2))
+        both = tl.reshape(both, (SPLIT, TILES * 32))
+    else:
+        both = tl.reshape(tl.permute(both, (3, 0, 2, 1)), (TILES * 32,))  # of tile, g, rh, mt
+    return both.to(tl.float32, bitcast=True)
 
 
 @kernel()

@@ -7,8 +7,9 @@ by (expert, adapter slot, pair); those of padding tokens (t >= tokens[0]) come l
     logits: [T, E] float32; slots: [T] int32 or None; tokens: [1] int32 or None (all T are real).
 All results have a fixed capacity, `Sorted.empty` says which; nothing is read back to the host.
 
-Up to MAX_PAIRS pairs take one launch of one program, which also sorts. More take three: experts by blocks of tokens,
-torch's stable sort, and one program that walks the sorted pairs. Of equal scores the lower expert wins.
+Up to MAX_PAIRS pairs of up to MAX_SCORES scores take one launch of one program, which also sorts. More take three:
+experts by blocks of tokens, torch's stable sort, and one program that walks the sorted pairs. Of equal scores the lower
+expert wins.
 """
 
 from __future__ import annotations
@@ -25,10 +26,21 @@ from motet.kernels.route import RoutingRule, choose_experts
 MAX_PAIRS = 512
 """Pairs that one program sorts, tokens and experts per token each counted to the next power of two."""
 PAIR_BITS = 9
-SCORES_PER_THREAD = 4
-"""Fewer are more barriers, more are more code, which a kernel this short waits for."""
+MAX_SCORES = 8192
+"""Scores that one program holds, counted the same way: with twice as many its registers spill."""
 CHUNK = 1024
-TOKENS_PER_PROGRAM = 16
+
+
+@dataclass(frozen=True)
+class RouteConfig:
+    """How the one program is compiled: scores per thread (fewer are more barriers, more are more code, which a kernel
+    this short waits for), and when the next kernel may start (`launch`, see `moe.ProductConfig`: 0, 1 or 2)."""
+
+    scores: int = 4
+    launch: int = 2
+
+
+ROUTE = RouteConfig()
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,7 @@ def route(
     out: Sorted,
     tokens: Tensor | None = None,
     *,
+    config: RouteConfig = ROUTE,
     pdl: bool = False,
 ) -> None:
     """Fill `out`; see the module's semantics. A slot is below 2^(22 - bits of E) - 1."""
@@ -130,14 +143,13 @@ def route(
         "GP": triton.next_power_of_2(rule.groups),
     }  # fmt: skip
     given = tuple(out.weight if one is None else one for one in (rule.bias, slots, tokens))
-    pairs = triton.next_power_of_2(rows) * how["KP"]
-    if pairs <= MAX_PAIRS:
-        scores = triton.next_power_of_2(rows) * how["EP"]
-        warps = min(max(scores // (32 * SCORES_PER_THREAD), 1), 16)
+    scores = triton.next_power_of_2(rows) * how["EP"]
+    if triton.next_power_of_2(rows) * how["KP"] <= MAX_PAIRS and scores <= MAX_SCORES:
+        warps = min(max(scores // (32 * config.scores), 1), 16)
         _route_kernel[(1,)](
             logits, *given, out.weight, out.order, out.inverse, out.counts, out.tiles, out.segments,
             rows, logits.stride(0), len(out.tiles), TP=triton.next_power_of_2(rows), ROWS=out.rows,
-            PAIR_BITS=PAIR_BITS, num_warps=warps, **how, **launch_options(pdl),
+            PAIR_BITS=PAIR_BITS, LAUNCH=config.launch if pdl else 0, num_warps=warps, **how, **launch_options(pdl),
         )  # fmt: skip
     else:
         _route_many(logits, given, out, how)
@@ -146,8 +158,9 @@ def route(
 def _route_many(logits: Tensor, given: tuple[Tensor, ...], out: Sorted, how: dict[str, Any]) -> None:
     rows = len(logits)
     keys = torch.empty(rows * how["K"], dtype=torch.int32, device=logits.device)
-    _choose_kernel[(triton.cdiv(rows, TOKENS_PER_PROGRAM),)](
-        logits, *given, out.weight, keys, rows, logits.stride(0), TP=TOKENS_PER_PROGRAM, num_warps=4, **how
+    tokens = min(4096 // how["EP"], 16)
+    _choose_kernel[(triton.cdiv(rows, tokens),)](
+        logits, *given, out.weight, keys, rows, logits.stride(0), TP=tokens, num_warps=4, **how
     )
     ordered, order = keys.sort(stable=True)
     _layout_kernel[(1,)](
@@ -211,13 +224,13 @@ def _only_best_groups(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     group = tl.arange(0, GP)[None, :]
     best = tl.full((TP, GP), -float("inf"), tl.float32)
-    for i in tl.static_range(GROUPS):
+    for i in range(GROUPS):
         mine = tl.where(column // SIZE == i, choice, -float("inf"))
         top = tl.max(mine, 1)
         if TOP2:
             top += tl.max(tl.where(column == tl.argmax(mine, 1)[:, None], -float("inf"), mine), 1)
         best = tl.where(group == i, top[:, None], best)
-    kept = column < 0
+    kept = tl.zeros(choice.shape, tl.int1)
     for _ in range(TOP_GROUPS):
         first = tl.argmax(best, 1)[:, None]
         kept = kept | (column // SIZE == first)
@@ -271,12 +284,15 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     BIAS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
     SCALE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SLOT_BITS: tl.constexpr, GP: tl.constexpr, TP: tl.constexpr,
-    PAIR_BITS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    PAIR_BITS: tl.constexpr, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = TP * KP
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if LAUNCH == 1:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        if LAUNCH == 2:
+            tl.extra.cuda.gdc_launch_dependents()
     t = tl.arange(0, TP)
     w, key = _choose(
         logits, bias, slots, tokens, t, rows, stride, BIAS, SLOTS, PADDED, SIGMOID, NORMALISE, SCALE, GROUPS,

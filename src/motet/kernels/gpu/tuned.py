@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 
 from motet.errors import ConfigError
 from motet.kernels.gpu.dense import MOST_BLOCKS, DenseConfig
-from motet.kernels.gpu.lora import RANKS, LoraConfig, check_config
+from motet.kernels.gpu.lora import LoraConfig
 from motet.kernels.gpu.moe import ProductConfig
 from motet.kernels.gpu.moe_lora import ShrinkConfig
 
@@ -58,18 +58,16 @@ def _divides(config: Any, shape: Shape) -> bool:
 class Operation:
     """What is configured by dataclass `config` for shapes of the numbers `exact`, which must be equal, and `near`.
 
-    Its fields `powers` are powers of two (if it does not check itself); `fits` says whether a configuration can be used
-    for a shape at all.
+    The dataclass checks its fields itself; `fits` says whether a configuration can be used for a shape at all.
     """
 
     config: type
     near: tuple[str, ...]
     exact: tuple[str, ...] = ()
-    powers: tuple[str, ...] = ()
     fits: Callable[[Any, Shape], bool] = _any
 
 
-_SHRINK = Operation(ShrinkConfig, ("hidden", "rank"), powers=("warps", "depth", "ranks"))
+_SHRINK = Operation(ShrinkConfig, ("hidden", "rank"))
 OPERATIONS = {
     "dense_product": Operation(DenseConfig, ("features", "depth"), fits=_countable),
     "lora_decode": Operation(LoraConfig, ("hidden", "rank")),
@@ -78,8 +76,7 @@ OPERATIONS = {
         ProductConfig,
         ("features", "depth"),
         ("sides", "rows", "packed"),
-        ("features", "warps", "ranks"),
-        _divides,
+        fits=_divides,
     ),
     "moe_shrink_decode": _SHRINK,
     "moe_shrink_prefill": _SHRINK,
@@ -222,8 +219,6 @@ def _config(operation: Operation, values: object, where: str) -> Any:
     given = {name: _number(value, f"{where}.{name}", kinds[name]) for name, value in table.items()}
     try:
         config = operation.config(**given)
-        if operation.powers:
-            check_config(config, {"ranks": RANKS}, operation.powers)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return config
