@@ -245,4 +245,4 @@ def _time_table(
                 for pdl in kinds
             ]
             line += " / ".join(f"{us:.1f}" for us in took).rjust(16)
-        report.tables.append(line)
+        report.tables.append(f"{line}   floor {report.rows[-1].get('floor', 0.0):.1f}")

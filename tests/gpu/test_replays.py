@@ -10,8 +10,15 @@ from torch import Tensor
 
 from motet.kernels.attention import Heads
 from motet.kernels.gpu.attention import DecodeBatch, DecodeWorkspace, decode_attention
+from motet.kernels.gpu.dense import DenseConfig, arrivals, dense_product
+from motet.kernels.gpu.latent_attention import decode_workspace, latent_decode
+from motet.kernels.latent_attention import LatentHeads
 from motet.types import FULL, KVGroup
+from tests.kernels.gpu.test_dense import make_update, operands
 from tests.kernels.gpu.test_kv_write import make_kv
+from tests.kernels.gpu.test_latent_attention import make_batch
+from tests.kernels.gpu.test_latent_attention import make_kv as make_latent_kv
+from tests.kernels.gpu.test_lora import make_table
 
 REPLAYS = 10_000
 
@@ -53,3 +60,31 @@ def test_splits_of_decode_attention_add_up_in_one_order(reach: KVGroup) -> None:
         return out
 
     assert count_differences(attend) == 0
+
+
+def test_splits_of_latent_attention_add_up_in_one_order() -> None:
+    heads = LatentHeads(num=24, nope=16, rope=8, rank=64, value=16, scale=0.2)
+    kv = make_latent_kv(heads, torch.bfloat16, "cuda")
+    query, decode, _ = make_batch(kv, heads, "cuda")
+    workspace = decode_workspace(5, heads.num, kv.head_dim, "cuda")
+
+    def attend() -> Tensor:
+        out = query.new_zeros(len(query), heads.num, heads.rank)
+        latent_decode(query, kv, 1, decode, heads, workspace, out, min_split=16)
+        return out
+
+    assert count_differences(attend) == 0
+
+
+@pytest.mark.parametrize("slots", [[-1] * 5, [-1, 0, 0, 3, 3, 3, 4]], ids=["base", "adapters"])
+def test_parts_of_dense_sums_add_up_in_one_order(slots: list[int]) -> None:
+    x, weight, bias = operands(len(slots), 130, 66, torch.bfloat16, "cuda")
+    update = make_update(x, slots, (57, 9), make_table(130, (57, 9), torch.bfloat16, "cuda"))
+    counters, config = arrivals("cuda"), DenseConfig(depth=16, splits=7)
+
+    def multiply() -> Tensor:
+        out = x.new_full((len(x), len(weight)), torch.nan)
+        dense_product(x, weight, bias, out, counters, config, update=update)
+        return out
+
+    assert count_differences(multiply) == 0
