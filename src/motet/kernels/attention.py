@@ -7,26 +7,36 @@ Semantics, for a query row at position p of a sequence with block table B:
     k[j] = kv[B[j // page_tokens], layer, 0, :, j % page_tokens], v likewise with 1.
     q: [T, Hq, D] float32 inside the rows of qkv, result [T, Hq·D]; sinks: [Hq].
 
-Decode rows (one per sequence) go through one kernel that reads the pages where they lie. A prefill chunk gathers its
-pages once and uses torch's flash attention, which is compute-bound there and runs on all cores.
+Decode rows (one per sequence) go through one kernel that reads the pages where they lie. The rows of a prefill chunk
+meet their keys through `kernels.tile`: keys are transposed once for a block of rows, and scores, softmax and values
+follow for some rows at a time, only as far as the last of them sees. Threads share sequences, blocks and KV heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motet.kernels.jit import kernel
+from motet.kernels.exp import softmax_row
+from motet.kernels.jit import inline, kernel, prange, shared
 from motet.kernels.kv_write import KVLayout
+from motet.kernels.tile import ROWS, WIDTH, multiply, transpose
 from motet.types import FULL, KVGroup
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+
+BLOCK = 128
+"""Rows of a prefill chunk for which keys are transposed once."""
+TOGETHER = 2 * ROWS
+"""Rows whose scores are held at once."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,20 @@ class AttentionBatch:
     decode_pages: Tensor
     prefill: Sequence[PrefillChunk]
 
+    @cached_property
+    def blocks(self) -> tuple[I64, I32]:
+        """The prefill chunks cut up, [n, 4] of (row, start, length, chunk), and their block tables [chunks, most]."""
+        blocks = [
+            (chunk.row + at, chunk.start + at, min(BLOCK, chunk.length - at), i)
+            for i, chunk in enumerate(self.prefill)
+            for at in range(0, chunk.length, BLOCK)
+        ]
+        longest = max((len(chunk.pages) for chunk in self.prefill), default=0)
+        tables = np.zeros((len(self.prefill), longest), np.int32)
+        for table, chunk in zip(tables, self.prefill, strict=True):
+            table[: len(chunk.pages)] = chunk.pages.numpy()
+        return np.array(blocks, np.int64).reshape(-1, 4), tables
+
 
 def paged_attention_torch(
     qkv: Tensor, kv: KVLayout, layer: int, batch: AttentionBatch, heads: Heads
@@ -90,16 +114,16 @@ def paged_attention(qkv: Tensor, kv: KVLayout, layer: int, batch: AttentionBatch
     `layer` is the index in the layer's KV group.
     """
     out = torch.empty(qkv.shape[0], heads.num * kv.head_dim)
+    sinks = NO_SINKS if heads.sinks is None else heads.sinks.numpy()
+    how = (
+        layer, heads.num, kv.num_kv_heads, kv.head_dim, kv.page_tokens, kv.page_stride, heads.scale,
+        heads.reach.window, heads.reach.chunk, sinks, out.numpy(),
+    )  # fmt: skip
     if len(batch.decode_rows):
-        sinks = NO_SINKS if heads.sinks is None else heads.sinks.numpy()
-        _decode_kernel(
-            qkv.numpy(), kv.flat.numpy(), batch.decode_rows.numpy(), batch.decode_lengths.numpy(),
-            batch.decode_pages.numpy(), layer, heads.num, kv.num_kv_heads, kv.head_dim, kv.page_tokens,
-            kv.page_stride, heads.scale, heads.reach.window, heads.reach.chunk, sinks, out.numpy(),
-        )  # fmt: skip
-    for chunk in batch.prefill:
-        rows = slice(chunk.row, chunk.row + chunk.length)
-        out[rows] = _prefill(qkv[rows], kv, layer, chunk, heads)
+        rows, lengths, pages = batch.decode_rows, batch.decode_lengths, batch.decode_pages
+        _decode_kernel(qkv.numpy(), kv.flat.numpy(), rows.numpy(), lengths.numpy(), pages.numpy(), *how)
+    if batch.prefill:
+        _prefill_kernel(qkv.numpy(), kv.flat.numpy(), *batch.blocks, *how)
     return out
 
 
@@ -114,42 +138,6 @@ def gather(kv: KVLayout, layer: int, pages: Tensor, first: int, end: int) -> Ten
     planes = kv.pages[used, layer].permute(1, 2, 0, 3, 4).reshape(kv.planes, kv.num_kv_heads, -1, kv.head_dim)
     begin = block * kv.page_tokens
     return planes[:, :, first - begin : end - begin]
-
-
-def visible(chunk: PrefillChunk, first: int, heads: Heads) -> Tensor:
-    """What to add to each row's scores of keys [first, end): 0, or -inf where it must not look.
-
-    [length, end - first] float32.
-    """
-    position = torch.arange(chunk.start, chunk.start + chunk.length)[:, None]
-    key = torch.arange(first, chunk.start + chunk.length)[None]
-    mask = key <= position
-    if heads.reach.window:
-        mask &= key > position - heads.reach.window
-    if heads.reach.chunk:
-        mask &= key // heads.reach.chunk == position // heads.reach.chunk
-    return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
-
-
-def _prefill(qkv: Tensor, kv: KVLayout, layer: int, chunk: PrefillChunk, heads: Heads) -> Tensor:
-    end = chunk.start + chunk.length
-    first = heads.reach.first_key(chunk.start)
-    q = qkv[:, : heads.num * kv.head_dim].view(chunk.length, heads.num, kv.head_dim).transpose(0, 1)
-    k, v = gather(kv, layer, chunk.pages, first, end)
-    causal = chunk.start == 0 and not heads.reach.window and not heads.reach.chunk
-    mask = None if causal else visible(chunk, first, heads)
-    group = heads.num // kv.num_kv_heads
-    out, lse = _flash(
-        q[None], k.repeat_interleave(group, 0)[None], v.repeat_interleave(group, 0)[None],
-        0.0, causal, attn_mask=mask, scale=heads.scale,
-    )  # fmt: skip
-    if heads.sinks is not None:
-        out = out * torch.sigmoid(lse - heads.sinks[:, None])[..., None]
-    rows: Tensor = out[0].transpose(0, 1).reshape(chunk.length, -1)
-    return rows
-
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @kernel
@@ -199,42 +187,31 @@ def _accumulate(weights: F32, flat: F32, base: int, count: int, out: F32) -> Non
         j += 1
 
 
-@kernel
-def softmax_row(row: F32, sink: np.float32) -> None:
-    """In place; `sink` is one more score, whose share is dropped (-inf: none)."""
-    top = sink
-    for j in range(row.shape[0]):
-        top = max(top, row[j])
-    total = np.exp(sink - top)
-    for j in range(row.shape[0]):
-        row[j] = np.exp(row[j] - top)
-        total += row[j]
-    inverse = np.float32(1) / total
-    for j in range(row.shape[0]):
-        row[j] *= inverse
+@inline
+def _first_key(position, window, chunk):  # type: ignore[no-untyped-def]  # Numba values
+    """The first key that a row sees."""
+    first = max(0, position - window + 1) if window > 0 else 0
+    return max(first, position // chunk * chunk) if chunk > 0 else first
 
 
-@kernel
+@shared
 def _decode_kernel(
     qkv: F32, flat: F32, rows: I32, lengths: I32, tables: I32, layer: int, num_heads: int, num_kv_heads: int,
     dim: int, page_tokens: int, page_stride: int, scale: float, window: int, chunk: int, sinks: F32, out: F32,
+    shares: int,
 ) -> None:  # fmt: skip
     group = num_heads // num_kv_heads
     head_stride = page_tokens * dim
     layer_base = layer * 2 * num_kv_heads * head_stride
-    longest = 0
-    for b in range(rows.shape[0]):
-        longest = max(longest, lengths[b])
-    scores = np.empty((group, longest), np.float32)
-    for b in range(rows.shape[0]):
-        length = lengths[b]
-        first_key = max(0, length - window) if window > 0 else 0
-        if chunk > 0:
-            first_key = max(first_key, (length - 1) // chunk * chunk)
-        first_page = first_key // page_tokens
-        pages = (length + page_tokens - 1) // page_tokens
-        q_row, o_row = qkv[rows[b]], out[rows[b]]
-        for kv_head in range(num_kv_heads):
+    for share in prange(shares):
+        scores = np.empty((group, tables.shape[1] * page_tokens), np.float32)
+        for item in range(share, rows.shape[0] * num_kv_heads, shares):
+            b, kv_head = item // num_kv_heads, item % num_kv_heads
+            length = lengths[b]
+            first_key = _first_key(length - 1, window, chunk)
+            first_page = first_key // page_tokens
+            pages = (length + page_tokens - 1) // page_tokens
+            q_row, o_row = qkv[rows[b]], out[rows[b]]
             k_base = layer_base + kv_head * head_stride
             v_base = k_base + num_kv_heads * head_stride
             first = kv_head * group
@@ -258,3 +235,73 @@ def _decode_kernel(
                 for g in range(group):
                     head = o_row[(first + g) * dim : (first + g + 1) * dim]
                     _accumulate(scores[g, begin : begin + count], flat, at, count, head)
+
+
+@kernel
+def _attend(
+    qkv: F32, flat: F32, row: int, start: int, length: int, table: I32, k_base: int, v_base: int, head: int, last: int,
+    dim: int, page_tokens: int, page_stride: int, scale: float, window: int, chunk: int, sinks: F32, out: F32,
+) -> None:  # fmt: skip
+    """Heads [head, last) of one KV head for the rows of a block."""
+    stride, out_stride = qkv.shape[1], out.shape[1]
+    queries, target = qkv.reshape(-1), out.reshape(-1)
+    first, end = _first_key(start, window, chunk), start + length
+    count = end - first
+    padded, across = (count + WIDTH - 1) // WIDTH * WIDTH, (dim + WIDTH - 1) // WIDTH * WIDTH
+    keys, values = np.empty(padded * dim, np.float32), np.zeros(count * across, np.float32)
+    keys[max(0, padded - WIDTH) * dim :] = np.float32(0)
+    scores, beginning = np.empty(TOGETHER * padded, np.float32), start - start
+    key = first
+    while key < end:
+        offset = key % page_tokens
+        few = min(page_tokens - offset, end - key)
+        at = table[key // page_tokens] * page_stride + offset * dim
+        transpose(keys, key - first, flat, k_base + at, few, dim)
+        for column in range(0, dim, WIDTH):
+            for j in range(few):
+                to, source = column * count + (key - first + j) * WIDTH, v_base + at + j * dim + column
+                for i in range(min(WIDTH, dim - column)):
+                    values[to + i] = flat[source + i]
+        key += few
+    for h in range(head, last):
+        sink = sinks[h] if sinks.shape[0] > 0 else NO_SINK
+        for r in range(0, length, TOGETHER):
+            rows = min(TOGETHER, length - r)
+            seen = start + r + rows - first
+            for column in range(0, seen, WIDTH):
+                multiply(
+                    scores, column, padded, min(WIDTH, padded - column), queries, (row + r) * stride + h * dim, stride,
+                    rows, keys, column * dim, dim, False,
+                )  # fmt: skip
+            for i in range(rows):
+                position = start + r + i
+                begin, past = _first_key(position, window, chunk) - first, position + 1 - first
+                line = scores[i * padded : i * padded + (seen + WIDTH - 1) // WIDTH * WIDTH]
+                line[:begin] = NO_SINK
+                line[begin:past] *= np.float32(scale)
+                line[past:] = NO_SINK
+                softmax_row(line, sink)
+            for column in range(0, dim, WIDTH):
+                multiply(
+                    target, (row + r) * out_stride + h * dim + column, out_stride, min(WIDTH, dim - column),
+                    scores, beginning, padded, rows, values, column * count, seen, False,
+                )  # fmt: skip
+
+
+@shared
+def _prefill_kernel(
+    qkv: F32, flat: F32, blocks: I64, tables: I32, layer: int, num_heads: int, num_kv_heads: int,
+    dim: int, page_tokens: int, page_stride: int, scale: float, window: int, chunk: int, sinks: F32, out: F32,
+    shares: int,
+) -> None:  # fmt: skip
+    group = num_heads // num_kv_heads
+    head_stride = page_tokens * dim
+    for share in prange(shares):
+        for item in range(share, blocks.shape[0] * num_kv_heads, shares):
+            row, start, length, number = blocks[item // num_kv_heads]
+            kv_head = item % num_kv_heads
+            k_base = (layer * 2 * num_kv_heads + kv_head) * head_stride
+            _attend(
+                qkv, flat, row, start, length, tables[number], k_base, k_base + num_kv_heads * head_stride,
+                kv_head * group, (kv_head + 1) * group, dim, page_tokens, page_stride, scale, window, chunk, sinks, out,
+            )  # fmt: skip

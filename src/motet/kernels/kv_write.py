@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motet.kernels.jit import inline, kernel
+from motet.kernels.jit import inline, prange, shared
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -94,7 +94,7 @@ def rotary_kv_write(
     interleaved: bool = False,
 ) -> None:
     """positions, slots: [T] int32; `layer` is the index in the layer's KV group."""
-    _rotary_kv_write_kernel(
+    _rotary_kv_write_kernel.over(len(qkv))(
         qkv.numpy(), positions.numpy(), slots.numpy(), cos.numpy(), sin.numpy(), kv.flat.numpy(),
         layer, num_heads, kv.num_kv_heads, kv.page_tokens, kv.page_stride, interleaved,
     )  # fmt: skip
@@ -116,25 +116,26 @@ def rotate_head(head, c, s, interleaved):  # type: ignore[no-untyped-def]  # Num
             head[half + i] = b * c[i] + a * s[i]
 
 
-@kernel
+@shared
 def _rotary_kv_write_kernel(
-    qkv: F32, positions: I32, slots: I32, cos: F32, sin: F32, flat: F32,
-    layer: int, num_heads: int, num_kv_heads: int, page_tokens: int, page_stride: int, interleaved: bool,
+    qkv: F32, positions: I32, slots: I32, cos: F32, sin: F32, flat: F32, layer: int, num_heads: int,
+    num_kv_heads: int, page_tokens: int, page_stride: int, interleaved: bool, shares: int,
 ) -> None:  # fmt: skip
-    dim = 2 * cos.shape[1]
+    rows, dim = qkv.shape[0], 2 * cos.shape[1]
     head_stride = page_tokens * dim
-    for t in range(qkv.shape[0]):
-        row = qkv[t]
-        c, s = cos[positions[t]], sin[positions[t]]
-        for h in range(num_heads + num_kv_heads):
-            rotate_head(row[h * dim : (h + 1) * dim], c, s, interleaved)
-        page, offset = slots[t] // page_tokens, slots[t] % page_tokens
-        base = page * page_stride + layer * 2 * num_kv_heads * head_stride + offset * dim
-        for h in range(2 * num_kv_heads):
-            target = flat[base + h * head_stride : base + h * head_stride + dim]
-            source = row[(num_heads + h) * dim : (num_heads + h + 1) * dim]
-            for i in range(dim):
-                target[i] = source[i]
+    for share in prange(shares):
+        for t in range(share * rows // shares, (share + 1) * rows // shares):
+            row = qkv[t]
+            c, s = cos[positions[t]], sin[positions[t]]
+            for h in range(num_heads + num_kv_heads):
+                rotate_head(row[h * dim : (h + 1) * dim], c, s, interleaved)
+            page, offset = slots[t] // page_tokens, slots[t] % page_tokens
+            base = page * page_stride + layer * 2 * num_kv_heads * head_stride + offset * dim
+            for h in range(2 * num_kv_heads):
+                target = flat[base + h * head_stride : base + h * head_stride + dim]
+                source = row[(num_heads + h) * dim : (num_heads + h + 1) * dim]
+                for i in range(dim):
+                    target[i] = source[i]
 
 
 def empty_kv(

@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motet.kernels.attention import NO_SINK, AttentionBatch, PrefillChunk, gather, softmax_row
+from motet.kernels.attention import NO_SINK, AttentionBatch, PrefillChunk, gather
+from motet.kernels.exp import softmax_row
 from motet.kernels.jit import kernel
 from motet.kernels.kv_write import KVLayout, rotate_head
 

@@ -8,22 +8,24 @@ An adapter's factors are found through the pointer table: (site, slot) names a r
 scaling, dtype and where its A and B lie. A rank is data: nothing is padded, a missing module has no chunks, and rows
 of the base model (slot -1) never come here.
 
-Rows of short segments go through one kernel that streams A and B once per row, four ranks at a time: 8 adapters of
-rank 16 on every projection of SmolLM2-135M add 6.7 ms to a decode step, one pair of torch products per adapter and
-projection adds 19 ms (2 cores). Long segments (prefill) are compute-bound and use one matrix product per factor.
+Rows of short segments go through one kernel that streams A and B once per row, four ranks at a time. Long segments
+(prefill) are compute-bound: a block of rows shrinks for all sites that read x at once, through `kernels.tile`, and
+expands each site's columns. Threads share rows and blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motet.kernels.jit import inline, kernel
+from motet.kernels.jit import kernel, prange, shared
+from motet.kernels.tile import ROWS, WIDTH, multiply, spread, transpose, widen
 
 F32 = NDArray[np.float32]
 U16 = NDArray[np.uint16]
@@ -31,7 +33,9 @@ I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 
 LONG_SEGMENT = 12
-"""Rows from which one matrix product per factor beats the row kernel (measured crossover 8–16 at rank 16)."""
+"""Rows from which a block beats the row kernel (measured crossover 8–16 at rank 16)."""
+BLOCK = 128
+"""Rows of a long segment that one thread takes at a time; for each block A is read and transposed again."""
 
 BFLOAT16, FLOAT32 = 0, 1
 
@@ -79,9 +83,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class LoraRows:
-    """Which rows of a batch carry an adapter: long segments, and single rows with their slot and relative site."""
+    """Which rows of a batch carry an adapter: long segments, also cut into blocks [n, 4] of (start, end, slot, site),
+    and single rows with their slot and relative site."""
 
     long: Sequence[Segment]
+    blocks: I64
     rows: I32
     slots: I32
     sites: I32
@@ -92,8 +98,15 @@ def split_rows(segments: Sequence[Segment]) -> LoraRows:
     short = [s for s in segments if s.end - s.start < LONG_SEGMENT]
     lengths = np.array([s.end - s.start for s in short], np.int32)
     starts = [np.arange(s.start, s.end, dtype=np.int32) for s in short]
+    long = [s for s in segments if s.end - s.start >= LONG_SEGMENT]
+    blocks = [
+        (start, min(start + BLOCK, s.end), s.slot, s.site)
+        for s in long
+        for start in range(s.start, s.end, BLOCK)
+    ]
     return LoraRows(
-        long=[s for s in segments if s.end - s.start >= LONG_SEGMENT],
+        long=long,
+        blocks=np.array(blocks, np.int64).reshape(-1, 4),
         rows=np.concatenate(starts) if starts else np.zeros(0, np.int32),
         slots=np.repeat(np.array([s.slot for s in short], np.int32), lengths),
         sites=np.repeat(np.array([s.site for s in short], np.int32), lengths),
@@ -103,7 +116,7 @@ def split_rows(segments: Sequence[Segment]) -> LoraRows:
 def lora_add_torch(
     y: Tensor, x: Tensor, table: LoraTable, site: int, widths: Sequence[int], segments: Sequence[Segment]
 ) -> None:
-    """Reference, and what long segments use: one product per factor.
+    """Reference: one product per factor.
 
     Sites `site`, `site + 1`, … read the same x and own consecutive columns of y, `widths` wide.
     """
@@ -150,14 +163,22 @@ def lora_add(
 ) -> None:
     """Add every adapter's update of sites `site` … `site + len(widths) - 1` to y [T, sum(widths)] in place."""
     before = None if table.observer is None else y.clone()
+    x, where = x.contiguous(), (site, np.array(widths, np.int64))
+    chunks = table.first, table.count, table.a, table.b, table.rank, table.dtype, table.scale
     if len(rows.rows):
         _rows_kernel(
-            y.numpy(), x.numpy(), rows.rows, rows.slots, rows.sites, site, np.array(widths, np.int64),
-            table.first, table.count, table.a, table.b, table.rank, table.dtype, table.scale,
-            table.pool16, table.pool32,
-        )  # fmt: skip
-    if rows.long:
-        lora_add_torch(y, x, table, site, widths, rows.long)
+            y.numpy(),
+            x.numpy(),
+            rows.rows,
+            rows.slots,
+            rows.sites,
+            *where,
+            *chunks,
+            table.pool16,
+            table.pool32,
+        )
+    if len(rows.blocks):
+        _blocks_kernel(y.numpy(), x.numpy(), rows.blocks, *where, *chunks, table.pool16, table.pool32)
     if before is not None:
         _observe(y, before, table, site, widths, rows)
 
@@ -195,101 +216,127 @@ def lora_embed(
             x[rows] += update
 
 
-@inline
-def _widen(bits):  # type: ignore[no-untyped-def]  # a Numba scalar, not a Python value
-    """The float32 with the bits of a bfloat16."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
 @kernel
-def _row_bf16(y: F32, x: F32, pool: U16, a: int, b: int, rank: int, scale: np.float32) -> None:
+def _row(y: F32, x: F32, pool: NDArray[Any], a: int, b: int, rank: int, scale: np.float32) -> None:
+    """One chunk's update of one row, y += scale * (x @ A.T) @ B."""
     depth, width = x.shape[0], y.shape[0]
     j = 0
     while j + 4 <= rank:
-        a0, a1 = pool[a + j * depth : a + (j + 1) * depth], pool[a + (j + 1) * depth : a + (j + 2) * depth]
-        a2, a3 = (
-            pool[a + (j + 2) * depth : a + (j + 3) * depth],
-            pool[a + (j + 3) * depth : a + (j + 4) * depth],
-        )
+        at = a + j * depth
+        a0, a1 = pool[at : at + depth], pool[at + depth : at + 2 * depth]
+        a2, a3 = pool[at + 2 * depth : at + 3 * depth], pool[at + 3 * depth : at + 4 * depth]
         z0, z1, z2, z3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for k in range(depth):
             v = x[k]
-            z0 += v * _widen(a0[k])
-            z1 += v * _widen(a1[k])
-            z2 += v * _widen(a2[k])
-            z3 += v * _widen(a3[k])
+            z0 += v * widen(a0[k])
+            z1 += v * widen(a1[k])
+            z2 += v * widen(a2[k])
+            z3 += v * widen(a3[k])
         z0, z1, z2, z3 = z0 * scale, z1 * scale, z2 * scale, z3 * scale
-        b0, b1 = pool[b + j * width : b + (j + 1) * width], pool[b + (j + 1) * width : b + (j + 2) * width]
-        b2, b3 = (
-            pool[b + (j + 2) * width : b + (j + 3) * width],
-            pool[b + (j + 3) * width : b + (j + 4) * width],
-        )
+        at = b + j * width
+        b0, b1 = pool[at : at + width], pool[at + width : at + 2 * width]
+        b2, b3 = pool[at + 2 * width : at + 3 * width], pool[at + 3 * width : at + 4 * width]
         for n in range(width):
-            y[n] += z0 * _widen(b0[n]) + z1 * _widen(b1[n]) + z2 * _widen(b2[n]) + z3 * _widen(b3[n])
+            y[n] += z0 * widen(b0[n]) + z1 * widen(b1[n]) + z2 * widen(b2[n]) + z3 * widen(b3[n])
         j += 4
     while j < rank:
         a0, b0 = pool[a + j * depth : a + (j + 1) * depth], pool[b + j * width : b + (j + 1) * width]
         z0 = np.float32(0)
         for k in range(depth):
-            z0 += x[k] * _widen(a0[k])
+            z0 += x[k] * widen(a0[k])
         z0 = z0 * scale
         for n in range(width):
-            y[n] += z0 * _widen(b0[n])
+            y[n] += z0 * widen(b0[n])
         j += 1
 
 
-@kernel
-def _row_f32(y: F32, x: F32, pool: F32, a: int, b: int, rank: int, scale: np.float32) -> None:
-    depth, width = x.shape[0], y.shape[0]
-    j = 0
-    while j + 4 <= rank:
-        a0, a1 = pool[a + j * depth : a + (j + 1) * depth], pool[a + (j + 1) * depth : a + (j + 2) * depth]
-        a2, a3 = (
-            pool[a + (j + 2) * depth : a + (j + 3) * depth],
-            pool[a + (j + 3) * depth : a + (j + 4) * depth],
-        )
-        z0, z1, z2, z3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for k in range(depth):
-            v = x[k]
-            z0 += v * a0[k]
-            z1 += v * a1[k]
-            z2 += v * a2[k]
-            z3 += v * a3[k]
-        z0, z1, z2, z3 = z0 * scale, z1 * scale, z2 * scale, z3 * scale
-        b0, b1 = pool[b + j * width : b + (j + 1) * width], pool[b + (j + 1) * width : b + (j + 2) * width]
-        b2, b3 = (
-            pool[b + (j + 2) * width : b + (j + 3) * width],
-            pool[b + (j + 3) * width : b + (j + 4) * width],
-        )
-        for n in range(width):
-            y[n] += z0 * b0[n] + z1 * b1[n] + z2 * b2[n] + z3 * b3[n]
-        j += 4
-    while j < rank:
-        a0, b0 = pool[a + j * depth : a + (j + 1) * depth], pool[b + j * width : b + (j + 1) * width]
-        z0 = np.float32(0)
-        for k in range(depth):
-            z0 += x[k] * a0[k]
-        z0 = z0 * scale
-        for n in range(width):
-            y[n] += z0 * b0[n]
-        j += 1
-
-
-@kernel
+@shared
 def _rows_kernel(
     y: F32, x: F32, rows: I32, slots: I32, sites: I32, site: int, widths: I64,
+    first: I32, count: I32, a: I64, b: I64, rank: I32, dtype: I32, scale: F32, pool16: U16, pool32: F32, shares: int,
+) -> None:  # fmt: skip
+    for share in prange(shares):
+        for i in range(share, rows.shape[0], shares):
+            source, target = x[rows[i]], y[rows[i]]
+            column = 0
+            for member in range(widths.shape[0]):
+                out = target[column : column + widths[member]]
+                where = site + sites[i] + member
+                begin = first[where, slots[i]]
+                for chunk in range(begin, begin + count[where, slots[i]]):
+                    if dtype[chunk] == BFLOAT16:
+                        _row(out, source, pool16, a[chunk], b[chunk], rank[chunk], scale[chunk])
+                    else:
+                        _row(out, source, pool32, a[chunk], b[chunk], rank[chunk], scale[chunk])
+                column += widths[member]
+
+
+@kernel
+def _block(
+    y: F32, x: F32, start: int, end: int, slot: int, site: int, widths: I64,
     first: I32, count: I32, a: I64, b: I64, rank: I32, dtype: I32, scale: F32, pool16: U16, pool32: F32,
 ) -> None:  # fmt: skip
-    for i in range(rows.shape[0]):
-        source, target = x[rows[i]], y[rows[i]]
-        column = 0
-        for member in range(widths.shape[0]):
-            out = target[column : column + widths[member]]
-            where = site + sites[i] + member
-            begin = first[where, slots[i]]
-            for chunk in range(begin, begin + count[where, slots[i]]):
-                if dtype[chunk] == 0:
-                    _row_bf16(out, source, pool16, a[chunk], b[chunk], rank[chunk], scale[chunk])
-                else:
-                    _row_f32(out, source, pool32, a[chunk], b[chunk], rank[chunk], scale[chunk])
-            column += widths[member]
+    """All updates of rows [start, end), which have one adapter: z = x @ A.T for all sites, then y += scale · z @ B."""
+    depth, stride, rows = x.shape[1], y.shape[1], end - start
+    total = largest = 0
+    for member in range(widths.shape[0]):
+        for chunk in range(
+            first[site + member, slot], first[site + member, slot] + count[site + member, slot]
+        ):
+            total += rank[chunk]
+            largest = max(largest, rank[chunk] * ((widths[member] + WIDTH - 1) // WIDTH * WIDTH))
+    columns = (total + WIDTH - 1) // WIDTH * WIDTH
+    panels, z = np.zeros(max(columns * depth, largest), np.float32), np.empty(rows * columns, np.float32)
+    column = start - start
+    for member in range(widths.shape[0]):
+        for chunk in range(
+            first[site + member, slot], first[site + member, slot] + count[site + member, slot]
+        ):
+            ranks = int(rank[chunk])
+            if dtype[chunk] == BFLOAT16:
+                transpose(panels, column, pool16, a[chunk], ranks, depth)
+            else:
+                transpose(panels, column, pool32, a[chunk], ranks, depth)
+            column += ranks
+    flat_x, flat_y = x.reshape(-1), y.reshape(-1)
+    for group in range(0, columns, WIDTH):
+        cols = min(WIDTH, columns - group)
+        multiply(
+            z, group, columns, cols, flat_x, start * depth, depth, rows, panels, group * depth, depth, False
+        )
+    column, at = start - start, start * stride
+    for member in range(widths.shape[0]):
+        width = widths[member]
+        for chunk in range(
+            first[site + member, slot], first[site + member, slot] + count[site + member, slot]
+        ):
+            ranks = int(rank[chunk])
+            for row in range(rows):
+                z[row * columns + column : row * columns + column + ranks] *= scale[chunk]
+            if dtype[chunk] == BFLOAT16:
+                spread(panels, pool16, b[chunk], width, ranks, width)
+            else:
+                spread(panels, pool32, b[chunk], width, ranks, width)
+            for row in range(0, rows, ROWS):
+                few = min(ROWS, rows - row)
+                for n in range(0, width, WIDTH):
+                    multiply(
+                        flat_y, at + row * stride + n, stride, min(WIDTH, width - n),
+                        z, row * columns + column, columns, few, panels, n * ranks, ranks, True,
+                    )  # fmt: skip
+            column += ranks
+        at += width
+
+
+@shared
+def _blocks_kernel(
+    y: F32, x: F32, blocks: I64, site: int, widths: I64,
+    first: I32, count: I32, a: I64, b: I64, rank: I32, dtype: I32, scale: F32, pool16: U16, pool32: F32, shares: int,
+) -> None:  # fmt: skip
+    for share in prange(shares):
+        for i in range(share, blocks.shape[0], shares):
+            start, end, slot, relative = blocks[i]
+            _block(
+                y, x, start, end, slot, site + relative, widths, first, count, a, b, rank, dtype, scale,
+                pool16, pool32,
+            )  # fmt: skip

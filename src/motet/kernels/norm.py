@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from motet.kernels.jit import kernel
+from motet.kernels.jit import prange, shared
 
 F32 = NDArray[np.float32]
 
@@ -35,9 +35,9 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     """Returns the normalised rows and the new residual; `residual` is updated in place when given."""
     y = torch.empty_like(x)
     if residual is None:
-        _rms_norm_kernel(x.numpy(), weight.numpy(), eps, y.numpy())
+        _rms_norm_kernel.over(len(x))(x.numpy(), weight.numpy(), eps, y.numpy())
         return y, x
-    _add_rms_norm_kernel(x.numpy(), residual.numpy(), weight.numpy(), eps, y.numpy())
+    _add_rms_norm_kernel.over(len(x))(x.numpy(), residual.numpy(), weight.numpy(), eps, y.numpy())
     return y, residual
 
 
@@ -50,46 +50,49 @@ def head_rms_norm_torch(x: Tensor, first: int, count: int, weight: Tensor, eps: 
 
 def head_rms_norm(x: Tensor, first: int, count: int, weight: Tensor, eps: float) -> None:
     """x: [T, heads · D] float32; see the module's semantics."""
-    _head_rms_norm_kernel(x.numpy(), first, count, weight.numpy(), eps)
+    _head_rms_norm_kernel.over(len(x))(x.numpy(), first, count, weight.numpy(), eps)
 
 
-@kernel
-def _head_rms_norm_kernel(x: F32, first: int, count: int, weight: F32, eps: float) -> None:
-    dim = weight.shape[0]
-    for t in range(x.shape[0]):
-        for head in range(first, first + count):
-            row = x[t, head * dim : (head + 1) * dim]
+@shared
+def _head_rms_norm_kernel(x: F32, first: int, count: int, weight: F32, eps: float, shares: int) -> None:
+    rows, dim = x.shape[0], weight.shape[0]
+    for share in prange(shares):
+        for t in range(share * rows // shares, (share + 1) * rows // shares):
+            for head in range(first, first + count):
+                row = x[t, head * dim : (head + 1) * dim]
+                total = np.float32(0)
+                for i in range(dim):
+                    total += row[i] * row[i]
+                scale = np.float32(1.0 / np.sqrt(total / dim + eps))
+                for i in range(dim):
+                    row[i] *= scale * weight[i]
+
+
+@shared
+def _rms_norm_kernel(x: F32, weight: F32, eps: float, y: F32, shares: int) -> None:
+    rows, width = x.shape
+    for share in prange(shares):
+        for t in range(share * rows // shares, (share + 1) * rows // shares):
+            row = x[t]
             total = np.float32(0)
-            for i in range(dim):
-                total += row[i] * row[i]
-            scale = np.float32(1.0 / np.sqrt(total / dim + eps))
-            for i in range(dim):
-                row[i] *= scale * weight[i]
+            for h in range(width):
+                total += row[h] * row[h]
+            scale = np.float32(1.0 / np.sqrt(total / width + eps))
+            for h in range(width):
+                y[t, h] = row[h] * scale * weight[h]
 
 
-@kernel
-def _rms_norm_kernel(x: F32, weight: F32, eps: float, y: F32) -> None:
+@shared
+def _add_rms_norm_kernel(x: F32, residual: F32, weight: F32, eps: float, y: F32, shares: int) -> None:
     rows, width = x.shape
-    for t in range(rows):
-        row = x[t]
-        total = np.float32(0)
-        for h in range(width):
-            total += row[h] * row[h]
-        scale = np.float32(1.0 / np.sqrt(total / width + eps))
-        for h in range(width):
-            y[t, h] = row[h] * scale * weight[h]
-
-
-@kernel
-def _add_rms_norm_kernel(x: F32, residual: F32, weight: F32, eps: float, y: F32) -> None:
-    rows, width = x.shape
-    for t in range(rows):
-        row = residual[t]
-        total = np.float32(0)
-        for h in range(width):
-            value = row[h] + x[t, h]
-            row[h] = value
-            total += value * value
-        scale = np.float32(1.0 / np.sqrt(total / width + eps))
-        for h in range(width):
-            y[t, h] = row[h] * scale * weight[h]
+    for share in prange(shares):
+        for t in range(share * rows // shares, (share + 1) * rows // shares):
+            row = residual[t]
+            total = np.float32(0)
+            for h in range(width):
+                value = row[h] + x[t, h]
+                row[h] = value
+                total += value * value
+            scale = np.float32(1.0 / np.sqrt(total / width + eps))
+            for h in range(width):
+                y[t, h] = row[h] * scale * weight[h]

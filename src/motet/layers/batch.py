@@ -151,6 +151,9 @@ class Device(Protocol):
     def matrix(self, tensor: Tensor) -> Matrix:
         """A weight [N, K] that `tensor` gave."""
 
+    def per_head(self, tensor: Tensor) -> Tensor:
+        """Matrices [Hq, K, N], one for each head, of a weight that `tensor` gave."""
+
     def experts(
         self,
         gate_up: Iterable[Tensor] | FourBit,

@@ -1,4 +1,4 @@
-"""Steps and weights on the CPU: float32, every operation as `kernels` has it."""
+"""Steps and weights on the CPU: computed in float32, every operation as `kernels` has it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from motet.kernels.activation import Activation, silu_mul
 from motet.kernels.attention import AttentionBatch, paged_attention
+from motet.kernels.bfloat16 import Bfloat16Weight
 from motet.kernels.kv_write import KVLayout, rotary_kv_write
 from motet.kernels.latent_attention import latent_attention, latent_write, per_head
 from motet.kernels.latent_lora import lora_key_query, lora_value
@@ -132,7 +133,8 @@ class CpuDevice:
     """Weights as the CPU's products take them."""
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        return tensor.float()
+        """Matrices in bfloat16 stay mapped until they are packed."""
+        return tensor if tensor.dtype == torch.bfloat16 and tensor.dim() > 1 else tensor.float()
 
     def bytes(self, tensor: Tensor) -> Tensor:
         """They stay mapped until they are copied into their order."""
@@ -145,8 +147,11 @@ class CpuDevice:
         """It stays mapped: only rows that are looked up come into memory."""
         return tensor
 
-    def matrix(self, tensor: Tensor) -> PackedWeight:
-        return PackedWeight(tensor)
+    def matrix(self, tensor: Tensor) -> Weight:
+        return Bfloat16Weight(tensor) if tensor.dtype == torch.bfloat16 else PackedWeight(tensor)
+
+    def per_head(self, tensor: Tensor) -> Tensor:
+        return tensor.float().contiguous()
 
     def experts(
         self,
@@ -156,12 +161,11 @@ class CpuDevice:
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> Experts:
-        return Experts(_matrices(gate_up), _matrices(down), gate_up_bias, down_bias, activation)
+        first, second = (None if bias is None else bias.float() for bias in (gate_up_bias, down_bias))
+        return Experts(self._matrices(gate_up), self._matrices(down), first, second, activation)
 
-
-def _matrices(weights: Iterable[Tensor] | FourBit) -> Sequence[Weight]:
-    if isinstance(weights, FourBit):
-        return [
-            Mxfp4Weight(codes, scales) for codes, scales in zip(weights.codes, weights.scales, strict=True)
-        ]
-    return [PackedWeight(weight) for weight in weights]
+    def _matrices(self, weights: Iterable[Tensor] | FourBit) -> Sequence[Weight]:
+        if isinstance(weights, FourBit):
+            pairs = zip(weights.codes, weights.scales, strict=True)
+            return [Mxfp4Weight(codes, scales) for codes, scales in pairs]
+        return [self.matrix(weight) for weight in weights]

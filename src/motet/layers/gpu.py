@@ -274,6 +274,9 @@ class GpuDevice:
     def matrix(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous()
 
+    def per_head(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous()
+
     def experts(
         self,
         gate_up: Iterable[Tensor] | FourBit,

@@ -69,8 +69,8 @@ def latent_attention(builder: Builder, layer: int, rotary: Rotary) -> LatentAtte
     form = LatentForm(
         vector(f"{path}.kv_a_layernorm.weight", heads.rank),
         LATENT_EPS,
-        keys.contiguous(),
-        values.transpose(1, 2).contiguous(),
+        builder.device.per_head(keys),
+        builder.device.per_head(values.transpose(1, 2)),
         builder.site(layer, "kv_b"),
         builder.rotary(rotary),
         builder.place(layer),
