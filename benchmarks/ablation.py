@@ -53,6 +53,7 @@ from motet.layers.gpu import GpuBatch, GpuDevice
 from motet.layers.mlp import SparseMLP
 from motet.memory.pool import Pool, page_bytes
 from motet.models import gpt_oss
+from motet.models.complete import completed
 from motet.models.weights import Weights
 from motet.types import BASE, Chunk, ModelSpec, Plan
 
@@ -108,7 +109,7 @@ class Stack:
         self.size, self.clock = size, clock
         self.folder: Path | None = None
         self.gpu = torch.cuda.get_device_name() if device == "cuda" else device
-        config = GptOssConfig(**size.config)
+        config = completed(GptOssConfig(**size.config))
         self.spec = gpt_oss.spec(config, "random", "")
         place = GpuDevice(torch.device(device), kind)
         self.positions = max(size.context + 1, size.prompt, *size.lengths)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from motet.kernels.activation import SILU
 from motet.kernels.attention import Heads
@@ -17,6 +16,7 @@ from motet.layers.latent import LatentAttention
 from motet.layers.mlp import DenseMLP, SparseMLP
 from motet.layers.rotary import Rotary
 from motet.models.common import Geometry
+from motet.models.config import ModelConfig
 from motet.models.weights import Weights
 from motet.types import KVGroup, ModelSpec
 
@@ -24,7 +24,7 @@ from motet.types import KVGroup, ModelSpec
 class Builder:
     """Takes weights by name and makes layers of them."""
 
-    def __init__(self, config: PretrainedConfig, spec: ModelSpec, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, spec: ModelSpec, weights: Weights) -> None:
         self.config = config
         self.spec = spec
         self.weights = weights

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import gcd
 
 import torch
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from motet.errors import ModelRefused
 from motet.layers.rotary import Rotary, rotary_table
+from motet.models.config import ModelConfig
 from motet.types import FULL, FusedExperts, KVGroup, ModelSpec, Site
 
 
@@ -25,7 +24,7 @@ class Geometry:
     head_dim: int
 
     @staticmethod
-    def of(config: PretrainedConfig) -> Geometry:
+    def of(config: ModelConfig) -> Geometry:
         """From a Hugging Face config; head_dim defaults to hidden / heads."""
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -50,7 +49,7 @@ _FP8_HARMLESS = {
 """Which tensors are in eight bits is told by their scales."""
 
 
-def fp8_block(config: PretrainedConfig) -> tuple[int, int] | None:
+def fp8_block(config: ModelConfig) -> tuple[int, int] | None:
     """The block size [outputs, inputs] of a checkpoint in eight-bit floats with one scale per block, else None."""
     quantisation = getattr(config, "quantization_config", None) or {}
     block = quantisation.get("weight_block_size")
@@ -62,7 +61,7 @@ def fp8_block(config: PretrainedConfig) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def refuse_options(config: PretrainedConfig, supported: Mapping[str, object]) -> None:
+def refuse_options(config: ModelConfig, supported: Mapping[str, object]) -> None:
     """Refuse by name every listed option whose value is not the supported one.
 
     Quantised weights are refused unless listed, but for those in eight-bit floats (`fp8_block`): they become float32.
@@ -85,16 +84,14 @@ _COMPUTING = (
 """Parts of the names of options that change what a decoder computes."""
 
 
-def refuse_unknown_options(config: PretrainedConfig, harmless: Sequence[str] = ()) -> None:
+def refuse_unknown_options(config: ModelConfig, harmless: Sequence[str] = ()) -> None:
     """Refuse by name options that the config's class does not have and whose names say that they change the result.
 
     Such a checkpoint expects other code than its architecture's. Notes such as `unsloth_version` are left alone.
     """
-    fields, aliases = getattr(type(config), "__dataclass_fields__", ()), getattr(config, "attribute_map", {})
-    known = {*fields, *aliases, *aliases.values(), *harmless}
-    for option, value in config.to_dict().items():
+    for option, value in config.unknown_options.items():
         neutral = value is not True and value in (None, False, 1)
-        if neutral or option in known or option.startswith("_"):
+        if neutral or option in harmless or option.startswith("_"):
             continue
         if any(part in option for part in _COMPUTING):
             raise ModelRefused(f"{option} = {value!r} is not known for {config.model_type}, so not supported")
@@ -128,19 +125,19 @@ def projections(path: str) -> list[list[str]]:
     return [[f"{path}.{name}_proj"] for name in ("gate", "up", "down")]
 
 
-def dense_mlp_sites(config: PretrainedConfig, layer: int) -> list[Site]:
+def dense_mlp_sites(config: ModelConfig, layer: int) -> list[Site]:
     """The three projections of Llama's MLP."""
     return mlp_sites(
         layer, config.hidden_size, config.intermediate_size, projections(f"model.layers.{layer}.mlp")
     )
 
 
-def router_site(config: PretrainedConfig, layer: int, num_experts: int, *paths: str) -> Site:
+def router_site(config: ModelConfig, layer: int, num_experts: int, *paths: str) -> Site:
     """The map from hidden states to the scores of experts."""
     return Site(layer, "router", -1, config.hidden_size, num_experts, paths)
 
 
-def reaches(config: PretrainedConfig) -> list[KVGroup]:
+def reaches(config: ModelConfig) -> list[KVGroup]:
     """How far each layer sees, from `layer_types`, `sliding_window` and `attention_chunk_size`."""
     window = getattr(config, "sliding_window", None) or 0
     known = {
@@ -178,7 +175,7 @@ def kv_groups(reaches: Sequence[KVGroup]) -> tuple[KVGroup, ...]:
 
 
 def common_spec(
-    config: PretrainedConfig,
+    config: ModelConfig,
     name: str,
     digest: str,
     sites: Sequence[Site],
@@ -213,7 +210,7 @@ def common_spec(
 
 
 def rotary(
-    config: PretrainedConfig, max_positions: int, dim: int | None = None, interleaved: bool = False
+    config: ModelConfig, max_positions: int, dim: int | None = None, interleaved: bool = False
 ) -> Rotary:
     """The rotation table of a config's rope parameters, for heads of which `dim` (default all) elements rotate."""
     parameters = config.rope_parameters
@@ -227,7 +224,7 @@ def rotary(
         dim = dim or Geometry.of(config).head_dim
         inverse = 1.0 / parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
         return rotary_table(inverse, max_positions, 1.0, interleaved)
-    if kind not in ("linear", "llama3", "yarn"):
+    if config.rope_frequencies is None:
         raise ModelRefused(f"rope_type {kind!r} is not supported for {config.model_type}")
-    inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return rotary_table(inverse, max_positions, scale, interleaved)
+    frequencies, scale = config.rope_frequencies
+    return rotary_table(torch.tensor(frequencies), max_positions, scale, interleaved)

@@ -6,8 +6,6 @@ with a bias (`e_score_correction_bias`). V3's layers for predicting more than on
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
 from motet.errors import ModelRefused
 from motet.kernels.route import RoutingRule
 from motet.layers.decoder import Decoder
@@ -23,12 +21,13 @@ from motet.models.common import (
     rotary,
     router_site,
 )
+from motet.models.config import ModelConfig
 from motet.models.latent import latent_attention, latent_attention_sites, with_latent_cache
 from motet.models.weights import Weights
 from motet.types import FusedExperts, ModelSpec, Site
 
 
-def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
+def spec(config: ModelConfig, name: str, digest: str) -> ModelSpec:
     """Shapes and adapter sites of a DeepSeek V2 or V3 config."""
     _refuse(config)
     count = config.n_routed_experts
@@ -44,7 +43,7 @@ def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
     return with_latent_cache(common_spec(config, name, digest, sites, fused, num_experts=count), config)
 
 
-def _refuse(config: PretrainedConfig) -> None:
+def _refuse(config: ModelConfig) -> None:
     is_v3 = config.model_type == "deepseek_v3"
     v3_only = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     # DeepSeek's own code normalises instead of scaling if V2 asks for it, transformers does not normalise.
@@ -76,7 +75,7 @@ def _refuse(config: PretrainedConfig) -> None:
         _refuse_groups(config)
 
 
-def _refuse_groups(config: PretrainedConfig) -> None:
+def _refuse_groups(config: ModelConfig) -> None:
     """Groups must be equal, hold the two experts that score V3's, and leave enough experts to choose from."""
     count, groups, kept = config.n_routed_experts, config.n_group, config.topk_group
     each = count // groups if groups and count % groups == 0 else 0
@@ -87,7 +86,7 @@ def _refuse_groups(config: PretrainedConfig) -> None:
         )
 
 
-def _moe_sites(config: PretrainedConfig, layer: int, path: str) -> list[Site]:
+def _moe_sites(config: ModelConfig, layer: int, path: str) -> list[Site]:
     hidden, wide, count = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     shared = wide * config.n_shared_experts
     return [
@@ -101,7 +100,7 @@ def _moe_sites(config: PretrainedConfig, layer: int, path: str) -> list[Site]:
     ]
 
 
-def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
+def build(config: ModelConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
     """The model with its weights packed."""
     layers, further = config.num_hidden_layers, getattr(config, "num_mtp_layers", None) or 0
     weights.narrow("", skipped=tuple(f"model.layers.{layer}." for layer in range(layers, layers + further)))
@@ -135,7 +134,7 @@ def _mlp(builder: Builder, layer: int) -> DenseMLP | SparseMLP:
     )
 
 
-def _rule(config: PretrainedConfig, weights: Weights, path: str) -> RoutingRule:
+def _rule(config: ModelConfig, weights: Weights, path: str) -> RoutingRule:
     chosen, scale = config.num_experts_per_tok, config.routed_scaling_factor
     if config.model_type == "deepseek_v3":
         bias = weights.vector(f"{path}.e_score_correction_bias", config.n_routed_experts)

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from motet.errors import ModelRefused
 from motet.kernels.activation import Activation
@@ -33,6 +32,7 @@ from motet.models.common import (
     rotary,
     router_site,
 )
+from motet.models.config import ModelConfig
 from motet.models.weights import Weights
 from motet.types import FusedExperts, ModelSpec, Site
 
@@ -40,7 +40,7 @@ MXFP4_OPTIONS = {"quant_method", "modules_to_not_convert", "dequantize"}
 """Of a quantization_config; which tensors are in four bits is told by their names."""
 
 
-def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
+def spec(config: ModelConfig, name: str, digest: str) -> ModelSpec:
     """Shapes and adapter sites of a gpt-oss config."""
     _refuse(config)
     geometry, count = Geometry.of(config), config.num_local_experts
@@ -57,7 +57,7 @@ def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
     return common_spec(config, name, digest, sites, fused, num_experts=count)
 
 
-def _refuse(config: PretrainedConfig) -> None:
+def _refuse(config: ModelConfig) -> None:
     quantisation = getattr(config, "quantization_config", None)
     refuse_options(config, {"hidden_act": "silu", "quantization_config": quantisation})
     if quantisation is not None:
@@ -83,7 +83,7 @@ def _refuse_quantisation(options: dict[str, object]) -> None:
         raise ModelRefused(f"quantization_config has {unknown[0]}, which is not supported for gpt_oss")
 
 
-def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
+def build(config: ModelConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
     """The model with its weights packed or, in four bits, as they are."""
     builder, table = Builder(config, spec, weights), rotary(config, max_positions)
     rule = RoutingRule(config.num_experts_per_tok, normalise=True)
@@ -100,7 +100,7 @@ def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_posit
     return builder.decoder(attention, mlp)
 
 
-def _experts(config: PretrainedConfig, weights: Weights, path: str) -> ExpertSet:
+def _experts(config: ModelConfig, weights: Weights, path: str) -> ExpertSet:
     count, hidden, wide = config.num_local_experts, config.hidden_size, config.intermediate_size
     gate_up, down = f"{path}.experts.gate_up_proj", f"{path}.experts.down_proj"
     halves = torch.cat([torch.arange(0, 2 * wide, 2), torch.arange(1, 2 * wide, 2)])

@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 
 import msgspec
-from transformers import PretrainedConfig
 
 from motet.kernels.latent_attention import LatentHeads
 from motet.layers.batch import LatentForm
 from motet.layers.latent import LatentAttention, QueryUp
 from motet.layers.rotary import Rotary
 from motet.models.builder import Builder
+from motet.models.config import ModelConfig
 from motet.types import ModelSpec, Site
 
 LATENT_EPS = 1e-6
 """Of the norms inside the attention, whatever `rms_norm_eps` says."""
 
 
-def with_latent_cache(spec: ModelSpec, config: PretrainedConfig) -> ModelSpec:
+def with_latent_cache(spec: ModelSpec, config: ModelConfig) -> ModelSpec:
     """The spec with one plane of latents and rotated keys as its KV cache."""
     cached = config.kv_lora_rank + config.qk_rope_head_dim
     return msgspec.structs.replace(spec, num_kv_heads=1, head_dim=cached, kv_planes=1)
 
 
-def latent_attention_sites(config: PretrainedConfig, layer: int) -> list[Site]:
+def latent_attention_sites(config: ModelConfig, layer: int) -> list[Site]:
     """q (or its two halves q_a and q_b), kv_a, kv_b and o of a layer."""
     heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
     queries = heads * config.qk_head_dim
@@ -84,7 +84,7 @@ def latent_attention(builder: Builder, layer: int, rotary: Rotary) -> LatentAtte
     )
 
 
-def _scale(config: PretrainedConfig) -> float:
+def _scale(config: ModelConfig) -> float:
     """Of attention scores. YaRN's `mscale_all_dim` is for all of a head, not only for what rotates: it goes in here."""
     rope = config.rope_parameters
     scale = float(config.qk_head_dim**-0.5)

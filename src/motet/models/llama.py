@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
 from motet.layers.decoder import Decoder
 from motet.models.builder import Builder
 from motet.models.common import (
@@ -15,11 +13,12 @@ from motet.models.common import (
     refuse_unknown_options,
     rotary,
 )
+from motet.models.config import ModelConfig
 from motet.models.weights import Weights
 from motet.types import ModelSpec
 
 
-def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
+def spec(config: ModelConfig, name: str, digest: str) -> ModelSpec:
     """Shapes and adapter sites of a Llama or Mistral config."""
     refuse_options(config, {"hidden_act": "silu"})
     refuse_unknown_options(config)
@@ -32,7 +31,7 @@ def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
     return common_spec(config, name, digest, sites)
 
 
-def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
+def build(config: ModelConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
     """The model with its weights packed."""
     builder, table = Builder(config, spec, weights), rotary(config, max_positions)
     attention_bias = getattr(config, "attention_bias", False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import msgspec
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from motet.errors import ModelRefused
 from motet.kernels.route import RoutingRule
@@ -29,6 +28,7 @@ from motet.models.common import (
     rotary,
     router_site,
 )
+from motet.models.config import ModelConfig
 from motet.models.weights import Weights
 from motet.types import FusedExperts, ModelSpec, Site
 
@@ -37,7 +37,7 @@ TEXT = "language_model."
 VISION = ("vision_model.", "multi_modal_projector.")
 
 
-def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
+def spec(config: ModelConfig, name: str, digest: str) -> ModelSpec:
     """Shapes and adapter sites of a Llama 4 config, or of the text part of one that also sees images."""
     refuse_options(config, {})
     config = _text(config)
@@ -61,12 +61,12 @@ def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
     return _known_below(found, TEXT)
 
 
-def _text(config: PretrainedConfig) -> PretrainedConfig:
-    text: PretrainedConfig = getattr(config, "text_config", config)
+def _text(config: ModelConfig) -> ModelConfig:
+    text: ModelConfig = getattr(config, "text_config", config)
     return text
 
 
-def _moe_sites(config: PretrainedConfig, layer: int, path: str) -> list[Site]:
+def _moe_sites(config: ModelConfig, layer: int, path: str) -> list[Site]:
     hidden, wide = config.hidden_size, config.intermediate_size
     experts = [
         site
@@ -85,7 +85,7 @@ def _known_below(spec: ModelSpec, prefix: str) -> ModelSpec:
     return replace(spec, sites=tuple(sites), fused=tuple(fused))
 
 
-def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
+def build(config: ModelConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
     """The model with its weights packed."""
     if hasattr(config, "text_config"):
         weights.narrow(TEXT, skipped=VISION)
@@ -120,7 +120,7 @@ def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_posit
     return builder.decoder(attention, mlp)
 
 
-def _temperature(config: PretrainedConfig, max_positions: int) -> Tensor:
+def _temperature(config: ModelConfig, max_positions: int) -> Tensor:
     """What multiplies a query that sees everything, by position: it grows by steps of `floor_scale` positions.
 
     [max positions] float32; Nakanishi, "Scalable-Softmax Is Superior for Attention" (2025).

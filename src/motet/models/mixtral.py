@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
 from motet.kernels.route import RoutingRule
 from motet.layers.decoder import Decoder
 from motet.layers.mlp import SparseMLP
@@ -18,11 +16,12 @@ from motet.models.common import (
     rotary,
     router_site,
 )
+from motet.models.config import ModelConfig
 from motet.models.weights import Weights
 from motet.types import FusedExperts, ModelSpec, Site
 
 
-def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
+def spec(config: ModelConfig, name: str, digest: str) -> ModelSpec:
     """Shapes and adapter sites of a Mixtral config."""
     refuse_options(config, {"hidden_act": "silu"})
     refuse_unknown_options(config)
@@ -42,13 +41,13 @@ def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
     return common_spec(config, name, digest, sites, fused, num_experts=len(experts))
 
 
-def _router_site(config: PretrainedConfig, layer: int) -> Site:
+def _router_site(config: ModelConfig, layer: int) -> Site:
     path = f"model.layers.{layer}"
     names = f"{path}.block_sparse_moe.gate", f"{path}.mlp.gate"
     return router_site(config, layer, config.num_local_experts, *names)
 
 
-def _expert_sites(config: PretrainedConfig, layer: int, expert: int) -> list[Site]:
+def _expert_sites(config: ModelConfig, layer: int, expert: int) -> list[Site]:
     """PEFT files name experts as the hub does (w1 gate, w3 up, w2 down) or as transformers does today."""
     classic = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
     today = f"model.layers.{layer}.mlp.experts.{expert}"
@@ -59,7 +58,7 @@ def _expert_sites(config: PretrainedConfig, layer: int, expert: int) -> list[Sit
     return mlp_sites(layer, config.hidden_size, config.intermediate_size, paths, expert)
 
 
-def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
+def build(config: ModelConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
     """The model with its weights packed, from the hub's layout (`block_sparse_moe.experts.N.w1`) or today's."""
     builder, table = Builder(config, spec, weights), rotary(config, max_positions)
     rule = RoutingRule(config.num_experts_per_tok, normalise=True)

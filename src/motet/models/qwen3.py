@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
 from motet.kernels.route import RoutingRule
 from motet.layers.attention import Attention
 from motet.layers.decoder import Decoder
@@ -21,11 +19,12 @@ from motet.models.common import (
     rotary,
     router_site,
 )
+from motet.models.config import ModelConfig
 from motet.models.weights import Weights
 from motet.types import FusedExperts, ModelSpec, Site
 
 
-def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
+def spec(config: ModelConfig, name: str, digest: str) -> ModelSpec:
     """Shapes and adapter sites of a Qwen3 or Qwen3-MoE config."""
     refuse_options(config, {"hidden_act": "silu"})
     refuse_unknown_options(config, harmless=("max_window_layers",))  # Qwen3-MoE has one window for all layers
@@ -45,18 +44,18 @@ def spec(config: PretrainedConfig, name: str, digest: str) -> ModelSpec:
     return common_spec(config, name, digest, sites, fused, num_experts=getattr(config, "num_experts", 0))
 
 
-def _is_sparse(config: PretrainedConfig, layer: int) -> bool:
+def _is_sparse(config: ModelConfig, layer: int) -> bool:
     if getattr(config, "num_experts", 0) == 0 or layer in config.mlp_only_layers:
         return False
     return bool((layer + 1) % config.decoder_sparse_step == 0)
 
 
-def _expert_sites(config: PretrainedConfig, layer: int, expert: int) -> list[Site]:
+def _expert_sites(config: ModelConfig, layer: int, expert: int) -> list[Site]:
     names = projections(f"model.layers.{layer}.mlp.experts.{expert}")
     return mlp_sites(layer, config.hidden_size, config.moe_intermediate_size, names, expert)
 
 
-def build(config: PretrainedConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
+def build(config: ModelConfig, spec: ModelSpec, weights: Weights, max_positions: int) -> Decoder:
     """The model with its weights packed; experts as the hub has them (`experts.N.gate_proj`) or fused."""
     builder, table = Builder(config, spec, weights), rotary(config, max_positions)
     bias = getattr(config, "attention_bias", False)

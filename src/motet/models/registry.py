@@ -10,9 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import msgspec
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
 
 from motet.errors import ModelRefused
 from motet.layers.batch import Device
@@ -20,6 +17,7 @@ from motet.layers.cpu import CpuDevice
 from motet.layers.decoder import Decoder
 from motet.models import deepseek, gpt_oss, llama, llama4, mixtral, qwen3
 from motet.models.common import fp8_block
+from motet.models.config import ModelConfig, read_config
 from motet.models.weights import fingerprint, open_weights
 from motet.types import ModelSpec
 
@@ -53,6 +51,8 @@ def locate(model: str) -> Path:
         return path
     if path.exists() or model.startswith((".", "/", "~")):
         raise ModelRefused(f"{model} is not a model directory: it has no config.json")
+    from huggingface_hub import snapshot_download  # not needed for a directory: 30 MB
+
     try:
         return Path(
             snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
@@ -107,11 +107,8 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def _read(directory: Path) -> tuple[PretrainedConfig, ModuleType]:
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelRefused(f"{directory}/config.json cannot be read: {error}") from error
+def _read(directory: Path) -> tuple[ModelConfig, ModuleType]:
+    config = read_config(directory)
     names = config.architectures or []
     for name in names:
         if name in ARCHITECTURES:
