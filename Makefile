@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo serve test gpu-test check bench clean
+.PHONY: demo serve test gpu-test gpu-memcheck check bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ test: $(STAMP)  ## the whole test suite
 
 gpu-test:  ## what needs a GPU, with the Python that has torch for it: kernels, whole steps, replays, a busy engine
 	PYTHONPATH=src:. $(PYTHON) -m pytest -q -p no:cacheprovider tests/kernels/gpu tests/gpu
+
+gpu-memcheck:  ## the same kernels' tests under NVIDIA's memory checker, every tensor an allocation of its own
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:. compute-sanitizer --target-processes application-only \
+		--error-exitcode 1 $(PYTHON) -m pytest -q -p no:cacheprovider tests/kernels/gpu \
+		-k "not replays and not steps and not hopper and not ablation"
 
 check: $(STAMP)  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .

@@ -29,33 +29,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import GptOssConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu.measure import Call, measure  # first: it finds Motet
 from benchmarks.gpu.random_checkpoint import COMMON, CONFIGS
-from motet.adapters.gpu_table import GpuTable
-from motet.adapters.image import ChunkTable
-from motet.engine.gpu_inputs import StepBuilder
+from motet.bench import stack
+from motet.bench.stack import Work, few_layers
 from motet.kernels import gpu as kernels
-from motet.kernels.gpu import dense, jit, lora, moe_lora, tuned
+from motet.kernels.gpu import dense, jit, lora, tuned
 from motet.kernels.gpu.dense import dense_config, dense_product
-from motet.kernels.gpu.moe import product_config, tile_rows
-from motet.kernels.lora import BFLOAT16, FLOAT32
 from motet.layers.attention import Attention
 from motet.layers.batch import LinearMap
-from motet.layers.decoder import Decoder
-from motet.layers.gpu import GpuBatch, GpuDevice
-from motet.layers.mlp import SparseMLP
-from motet.memory.pool import Pool, page_bytes
-from motet.models import gpt_oss
-from motet.models.complete import completed
-from motet.models.weights import Weights
-from motet.types import BASE, Chunk, ModelSpec, Plan
+from motet.layers.gpu import GpuBatch
 
 Clock = Callable[[list[Call], int], float]
 """Microseconds of a call, of graphs of about so many."""
@@ -76,92 +64,26 @@ class Size:
 
 
 def gpt_oss_20b(layers: int) -> Size:
-    return Size({**COMMON, **CONFIGS["gpt-oss-20b"], "num_hidden_layers": layers})
+    return Size(few_layers({**COMMON, **CONFIGS["gpt-oss-20b"]}, layers))
 
 
-class RandomWeights(Weights):
-    """Weights of any name and shape, made where they are used."""
-
-    def __init__(self, device: GpuDevice) -> None:
-        super().__init__({}, device, lambda _fraction: None)
-        self._place = device.device
-
-    def __contains__(self, name: str) -> bool:
-        return True
-
-    def _open(self, name: str, *shape: int, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
-        if torch.uint8 in dtypes:
-            low, high = (116, 121) if name.endswith("_scales") else (0, 256)
-            return torch.randint(low, high, shape, dtype=torch.uint8, device=self._place)
-        return torch.empty(shape, dtype=torch.bfloat16, device=self._place).normal_(0, 0.02)
-
-    def _taken(self, name: str, tensor: Tensor) -> Tensor:
-        del name
-        return tensor
-
-
-class Stack:
-    """A decoder, a pool with adapters and KV in it, and the steps that are measured."""
+class Stack(stack.Stack):
+    """What is measured, and the clock that measures it."""
 
     def __init__(
         self, size: Size, clock: Clock, device: str = "cuda", kind: torch.dtype = torch.bfloat16
     ) -> None:
+        positions = max(size.context + 1, size.prompt, *size.lengths)
+        work = Work(size.rows, size.context, positions, size.adapters, size.rank, size.page_tokens)
+        super().__init__(size.config, work, device, kind)
         self.size, self.clock = size, clock
         self.folder: Path | None = None
-        self.gpu = torch.cuda.get_device_name() if device == "cuda" else device
-        config = completed(GptOssConfig(**size.config))
-        self.spec = gpt_oss.spec(config, "random", "")
-        place = GpuDevice(torch.device(device), kind)
-        self.positions = max(size.context + 1, size.prompt, *size.lengths)
-        self.decoder: Decoder = gpt_oss.build(config, self.spec, RandomWeights(place), self.positions)
-        each = page_bytes(self.spec, size.page_tokens, kind)
-        self.adapter_pages = -(-_adapter_bytes(self.spec, size.rank, kind) // each)
-        self.pages = -(-self.positions // size.page_tokens) * len(self.spec.kv_groups)
-        total = size.adapters * self.adapter_pages + size.rows * self.pages
-        self.pool = Pool(self.spec, total * each, size.page_tokens, kind, device)
-        self.pool.flat.view(kind).normal_(0, 0.02)
-        self.table = GpuTable(len(self.spec.sites), self.pool.flat, self.pool.page_bytes, kind)
-        self.digests = [f"adapter {i}" for i in range(size.adapters)]
-        for i, digest in enumerate(self.digests):
-            self.table.add(digest, _chunks(self.spec, size.rank, kind), (i * self.adapter_pages,))
-
-    def builder(self) -> StepBuilder:
-        """One that has asked for the configurations of now."""
-        rows = max(self.size.rows, 2)
-        return StepBuilder(self.pool, self.table, self.positions, self.spec.num_heads, rows)
-
-    def chunk(self, seq: int, start: int, length: int, adapter: str) -> Chunk:
-        """Tokens of sequence `seq`, in pages of its own."""
-        groups = len(self.spec.kv_groups)
-        first = self.size.adapters * self.adapter_pages + seq * self.pages
-        each = self.pages // groups
-        used = -(-(start + length) // self.size.page_tokens)
-        pages = tuple(tuple(range(first + g * each, first + g * each + used)) for g in range(groups))
-        return Chunk(seq, (1 + seq,) * length, start, pages, adapter, True)
-
-    def decode(
-        self, *, adapted: bool = True, launch_lora: bool = True, idle: bool = True, pdl: bool = True
-    ) -> GpuBatch:
-        """A step of single tokens: with adapters, with LoRA kernels, not launching those that have nothing to do."""
-        builder, context = self.builder(), self.size.context
-        digests = [self.digests[i % len(self.digests)] if adapted else BASE for i in range(self.size.rows)]
-        chunks = [self.chunk(i, context, 1, digest) for i, digest in enumerate(digests)]
-        chunks = builder.ordered(Plan(chunks=tuple(chunks)))
-        staging = builder.captured(len(chunks))
-        builder.fill_decode(staging, chunks)
-        staging.upload()
-        idle_sites = builder.idle(chunks) if idle else frozenset[int]()
-        return builder.decode_batch(staging, launch_lora, idle_sites, pdl)
 
     def prefill(
         self, length: int = 0, *, adapted: bool = True, idle: bool = True, pdl: bool = True
     ) -> GpuBatch:
-        """A step with a prompt."""
-        builder = self.builder()
-        if not idle:
-            builder.rare = frozenset()
-        digest = self.digests[0] if adapted else BASE
-        return builder.batch([self.chunk(0, 0, length or self.size.prompt, digest)], pdl)
+        """A step with a prompt, of the size's if no length is given."""
+        return super().prefill(length or self.size.prompt, adapted=adapted, idle=idle, pdl=pdl)
 
     def ms(self, batch: GpuBatch) -> float:
         """Milliseconds of a step."""
@@ -183,34 +105,11 @@ class Stack:
         return [(one.qkv, one.out) for one in found if isinstance(one, Attention)]
 
     def defaults(self, operation: str, **changes: Any) -> list[tuple[tuned.Shape, Any]]:
-        """What an operation is configured with at every shape of the stack, with these changes."""
-        found: list[tuple[tuned.Shape, Any]] = []
-        typical = {"hidden": self.spec.hidden_size, "rank": tuned.TYPICAL_RANK}
-        first = self.decoder.layers[0]
-        assert isinstance(first.mlp, SparseMLP)
-        if operation == "dense_product":
-            for one in (*self.maps[0], first.mlp.router, self.decoder.head):
-                features, depth = one.weight.shape
-                found.append(({"features": features, "depth": depth}, dense_config(features, depth)))
-        elif operation == "moe_product":
-            for weights, sides in ((first.mlp.experts.gate_up, 2), (first.mlp.experts.down, 1)):
-                count, features, depth = weights.shape
-                rows = tile_rows(self.size.prompt, first.mlp.rule.top_k, count)
-                shape = {
-                    "features": features // sides,
-                    "depth": depth,
-                    "sides": sides,
-                    "rows": rows,
-                    "packed": 1,
-                }
-                found.append((shape, product_config(weights, sides, rows)))
-        else:
-            default = {
-                "lora_decode": lora.DECODE, "lora_prefill": lora.PREFILL, "moe_shrink_decode": moe_lora.DECODE,
-                "moe_shrink_prefill": moe_lora.PREFILL,
-            }[operation]  # fmt: skip
-            found.append((typical, default))
-        return [(shape, replace(tuned.tuned(operation, one, **shape), **changes)) for shape, one in found]
+        """What an operation is configured with at every shape that steps ask for, with these changes."""
+        with torch.inference_mode():
+            for batch in (self.decode(), self.prefill()):
+                self.decoder(batch)
+        return [(shape, replace(config, **changes)) for shape, config in tuned.asked(operation)]
 
     @contextmanager
     def configured(self, **operations: Mapping[str, Any]) -> Iterator[None]:
@@ -224,32 +123,6 @@ class Stack:
                 yield
             finally:
                 tuned.load(None, self.gpu)
-
-
-def _adapter_bytes(spec: ModelSpec, rank: int, kind: torch.dtype) -> int:
-    return sum(
-        rank * (site.in_features + site.out_features) * kind.itemsize for site in _adapted(spec).values()
-    )
-
-
-def _adapted(spec: ModelSpec) -> dict[int, Any]:
-    return {i: site for i, site in enumerate(spec.sites) if site.module not in ("embed", "head", "router")}
-
-
-def _chunks(spec: ModelSpec, rank: int, kind: torch.dtype) -> ChunkTable:
-    """An adapter of all projections that lies in one run of pages; gate and up of an expert share A."""
-    rows, at, shared = [], 0, 0
-    code = BFLOAT16 if kind == torch.bfloat16 else FLOAT32
-    for i, site in _adapted(spec).items():
-        a = shared if site.module == "up" else at
-        shared, at = a, at + rank * site.in_features * kind.itemsize
-        rows.append((i, rank, code, 2.0, site.in_features, site.out_features, 0, a, 0, at))
-        at += rank * site.out_features * kind.itemsize
-    kinds = [np.int32] * 3 + [np.float32] + [np.int32] * 2 + [np.int64] * 4
-    columns: Any = [
-        np.array(values, kind) for values, kind in zip(zip(*rows, strict=True), kinds, strict=True)
-    ]
-    return ChunkTable(*columns)
 
 
 # What is switched
@@ -420,17 +293,17 @@ def _input(batch: GpuBatch, one: LinearMap) -> Tensor:
 def _compilations(stack: Stack, specialise: bool) -> int:
     """How many kernels prompts of all lengths ask for that begin with none; `specialise` drops do_not_specialize.
 
-    They are counted and neither compiled nor run, but for the one whose results torch uses as indices.
+    They are counted and neither compiled nor run.
     """
     wanted: set[str] = set()
 
     def count(**facts: Any) -> bool:
         wanted.add(f"{facts['repr']} {facts['key']}")
-        return not str(facts["repr"]).startswith("_known_tokens")
+        return True
 
     with ExitStack() as patches, torch.inference_mode():
         for module, name, function in _kernels():
-            options = {} if specialise else {"do_not_specialize": function.do_not_specialize}
+            options = {} if specialise else {"do_not_specialize": function.do_not_specialize or ()}
             patches.enter_context(mock.patch.object(module, name, jit.triton.jit(function.fn, **options)))
         patches.enter_context(mock.patch.object(jit.triton.knobs.runtime, "jit_cache_hook", count))
         short = replace(stack.decoder, layers=stack.decoder.layers[:2])
@@ -441,14 +314,12 @@ def _compilations(stack: Stack, specialise: bool) -> int:
 
 
 def _kernels() -> Iterator[tuple[Any, str, Any]]:
-    """Module, name and function of all kernels with arguments that are not specialised."""
+    """Module, name and function of everything written for Triton. All of it: a kernel that ran among others that do
+    not would read what they have not written."""
     for found in pkgutil.iter_modules(kernels.__path__):
         module = importlib.import_module(f"{kernels.__name__}.{found.name}")
         for name, value in list(vars(module).items()):
-            if (
-                getattr(value, "do_not_specialize", None)
-                and getattr(value, "__module__", "") == module.__name__
-            ):
+            if isinstance(value, jit.triton.JITFunction) and value.__module__ == module.__name__:
                 yield module, name, value
 
 

@@ -19,7 +19,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     of a step (decode rows first, then prefill chunks; None: 512 on a CPU, 2,048 on a GPU), `max_running` the sequences
     in flight. `max_model_len` None means the model's own. `threads` None means torch's default. `verify_adapters` runs
     a prompt through each adapter before it is accepted. `tuned_configs` is a folder of configurations of GPU kernels
-    (None: `$MOTET_TUNED_CONFIGS`, if set); they come before Motet's own.
+    (None: `$MOTET_TUNED_CONFIGS`, if set); they come before Motet's own. `prompt_copies` keeps four-bit experts in
+    bfloat16 too, for prompts (None: on a GPU, if they take at most half of what the weights leave for the pool).
     """
 
     model: str
@@ -34,6 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     threads: int | None = None
     verify_adapters: bool = False
     tuned_configs: str | None = None
+    prompt_copies: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

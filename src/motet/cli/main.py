@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -87,6 +88,14 @@ def serve(
             help="Folder with tuned configurations of GPU kernels, before Motet's own. [default: $MOTET_TUNED_CONFIGS]",
         ),
     ] = None,
+    prompt_copies: Annotated[
+        bool | None,
+        typer.Option(
+            "--prompt-copies/--no-prompt-copies",
+            help="Keep four-bit experts in bfloat16 too: faster prompts, less room for KV cache and adapters. "
+            "[default: where they take at most half of that room]",
+        ),
+    ] = None,
     demo_adapters: Annotated[
         bool, typer.Option("--demo-adapters", help="Also serve the three demo adapters.")
     ] = False,
@@ -116,6 +125,7 @@ def serve(
             "threads": threads,
             "verify_adapters": verify_adapters,
             "tuned_configs": tuned_configs,
+            "prompt_copies": prompt_copies,
         },
         {"host": host, "port": port, "served_model_name": served_model_name},
         [*demo, *(adapter or [])],
@@ -179,6 +189,46 @@ def bench(
     images, names = cache_dir() / "images", cases.split(",")
     for result in run_cases(config, adapter or [], images, names, in_flight, prompt, output, console.print):
         print(msgspec.json.encode(result).decode(), flush=True)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id; only its config is read.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the files, and for the log that an interrupted run goes on from.")
+    ],
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 32,
+    adapters: Annotated[int, typer.Option(help="Adapters in a step.")] = 8,
+    rows: Annotated[str, typer.Option(help="Sizes of decode steps, separated by commas.")] = "1,16,64",
+    context: Annotated[int, typer.Option(help="Tokens of context of a decode step.")] = 1900,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1600,
+    layers: Annotated[int, typer.Option(help="Layers that are measured.")] = 4,
+    minutes: Annotated[float, typer.Option(help="Begin nothing after so many.")] = 60,
+    jobs: Annotated[int, typer.Option(help="Processes that compile.")] = 8,
+) -> None:
+    """Find the configurations of GPU kernels that are fastest for a model on this GPU; serve with --tuned-configs OUT.
+
+    Whole decode steps and prompts are measured, on a few layers of random weights.
+    """
+    from motet.engine.device import has_gpu
+
+    if not has_gpu():
+        raise ConfigError("tuning measures GPU kernels: it needs a CUDA GPU and Triton")
+    from motet.bench.stack import Work, few_layers
+    from motet.bench.tune import steps_of, tune_model
+    from motet.cli.progress import progress_bar
+    from motet.models.registry import locate
+
+    console, directory = Console(stderr=True), locate(model)
+    values = few_layers(json.loads((directory / "config.json").read_text()), layers)
+    sizes = sorted(int(size) for size in rows.split(","))
+    work = Work(sizes[-1], context, max(context + 1, prompt), adapters, rank)
+    with progress_bar(console, "tuning") as report:
+        report("starting", 0.0)
+        steps = steps_of(sizes, prompt)
+        for fraction, answer in tune_model(values, work, steps, out, directory.name, minutes * 60, jobs):
+            report(str(answer), fraction)
+            console.print(answer)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from motet.layers.batch import Device
 from motet.layers.cpu import CpuDevice
 from motet.layers.decoder import Decoder
 from motet.memory.pool import KV_DTYPE, Pool, page_bytes
+from motet.models.registry import LoadedModel
 from motet.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def resolve(config: EngineConfig, gpu: bool) -> EngineConfig:
         )
     if device == "cuda" and config.verify_adapters:
         raise ConfigError("verify_adapters runs on a CPU only so far; use `motet adapters verify`")
+    if device == "cpu" and config.prompt_copies:
+        raise ConfigError("prompt_copies are for the products of a GPU; this engine runs on a CPU")
     if device == "cpu" and config.tuned_configs is not None:
         raise ConfigError("tuned_configs are for the kernels of a GPU; this engine runs on a CPU")
     return msgspec.structs.replace(
@@ -62,6 +65,23 @@ def weights_device(config: EngineConfig) -> Device:
 
     tuned.load(tuned_folder(config), torch.cuda.get_device_name())
     return GpuDevice(torch.device("cuda"))
+
+
+def with_prompt_copies(config: EngineConfig, spec: ModelSpec, model: LoadedModel) -> LoadedModel:
+    """The model with the copies of its weights that the config wants, or that there is room for."""
+    if config.device == "cpu" or config.prompt_copies is False:
+        return model
+    from motet.layers.gpu import copies_bytes, with_copies
+
+    size = copies_bytes(model.decoder)
+    if not size:
+        return model
+    left = _left_on_gpu(config, spec)
+    if config.prompt_copies and size > left:
+        raise ConfigError(f"prompt_copies take {size >> 20} MiB, and the weights leave {left >> 20}")
+    if not config.prompt_copies and size > min(left // 2, left - (config.pool_bytes or 0)):
+        return model
+    return LoadedModel(with_copies(model.decoder), model.nbytes + size)
 
 
 def make_pool(config: EngineConfig, spec: ModelSpec) -> Pool:

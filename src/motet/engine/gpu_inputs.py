@@ -113,7 +113,7 @@ class StepBuilder:
         host["tokens"][:count] = self.tokens(chunks)
         host["tokens"][count:] = 0
         host["positions"][:count], host["positions"][count:] = starts, 0
-        host["rows"][:] = count
+        host["rows"][:] = host["logits"][:] = count
         host["logit_rows"][:] = host["decode_rows"][:] = np.arange(size)
         host["lengths"][:count], host["lengths"][count:] = starts + 1, 0
         host["slots"][:] = slots
@@ -143,8 +143,8 @@ class StepBuilder:
             self.decode_lora, self.decode_shrink, len(on["tokens"]), MAX_RANK_BLOCKS, idle,
         )  # fmt: skip
         return GpuBatch(
-            on["tokens"], on["positions"], groups, self.pool.kv, on["logit_rows"], on["rows"],
-            adapters if with_lora else None, self.drawn[0], self.workspace, self.arrived, pdl,
+            on["tokens"], on["positions"], groups, self.pool.kv, on["logit_rows"], on["rows"], on["logits"],
+            adapters if with_lora else None, self.drawn[0], self.workspace, self.arrived, pdl, all_wanted=True,
         )  # fmt: skip
 
     def batch(self, chunks: Sequence[Chunk], pdl: bool) -> GpuBatch:
@@ -164,7 +164,7 @@ class StepBuilder:
         sequences = min(self.max_decode, MOST_PROMPTS)
         tiles = rows // self.prefill_lora.rows + MOST_PROMPTS
         prefill = rows // self.tile_rows + sequences
-        most = self.max_decode
+        most = min(self.max_decode, rows)
         return StepShape(rows, most, most, sequences, prefill, tiles, most, self.max_pages)
 
     def prompts(self, rows: int) -> Staging:
@@ -210,7 +210,7 @@ class StepBuilder:
         _put(host["decode_rows"], step.first[step.single], len(host["tokens"]) - 1)
         _put(host["lengths"], [chunks[i].start + 1 for i in step.single], 0)
         _put(host["prefill"], step.prefill, 0)
-        host["rows"][:] = count
+        host["rows"][:], host["logits"][:] = count, len(ends)
         for name, tiles in (("tiles", step.runs), ("head_tiles", step.head)):
             host[name][:, : tiles.shape[1]] = tiles
             host[name][2, tiles.shape[1] :] = 0
@@ -241,8 +241,8 @@ class StepBuilder:
             for g in range(len(self.groups))
         ]
         return GpuBatch(
-            on["tokens"], on["positions"], kv, self.pool.kv, on["logit_rows"], on["rows"], adapters, self.drawn[0],
-            self.workspace, self.arrived, pdl,
+            on["tokens"], on["positions"], kv, self.pool.kv, on["logit_rows"], on["rows"], on["logits"], adapters,
+            self.drawn[0], self.workspace, self.arrived, pdl,
         )  # fmt: skip
 
 

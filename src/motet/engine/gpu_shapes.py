@@ -71,6 +71,7 @@ def fields(shape: StepShape, groups: int) -> dict[str, Field]:
         "tokens": Field(INT, (rows,)),
         "positions": Field(INT, (rows,)),
         "rows": Field(INT, (1,)),
+        "logits": Field(INT, (1,)),
         "logit_rows": Field(torch.int64, (shape.sampled,)),
         "slots": Field(INT, (rows,)),
         "tiles": Field(INT, (3, shape.tiles)),

@@ -23,6 +23,7 @@ from motet.engine.device import (
     make_runner,
     resolve,
     weights_device,
+    with_prompt_copies,
     workspace_bytes,
 )
 from motet.engine.probe import probe_adapter
@@ -71,6 +72,7 @@ class Engine:
                 lambda fraction: progress("reading weights", 0.8 * fraction),
                 weights_device(config),
             )
+            model = with_prompt_copies(config, self.spec, model)
         progress("reserving memory", 0.8)
         with fitting("the pool", "lower pool_bytes, or leave it out and set memory_fraction"):
             pool = make_pool(config, self.spec)

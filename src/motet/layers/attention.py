@@ -11,12 +11,12 @@ from motet.layers.batch import AttentionForm, Batch, LinearMap
 
 @dataclass(frozen=True)
 class Attention:
-    """q k v in one product, attention, output projection."""
+    """q k v in one product, and attention; `out` is the projection that comes after it."""
 
     qkv: LinearMap
     out: LinearMap
     form: AttentionForm
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] normalised hidden states to [T, H]."""
-        return batch.linear(batch.attention(batch.linear(x, self.qkv), self.form), self.out)
+        """x [T, H] normalised hidden states to what the heads found, [T, Hq·D]."""
+        return batch.attention(batch.linear(x, self.qkv), self.form)

@@ -105,8 +105,8 @@ class Batch(Protocol):
     def linear(self, x: Tensor, linear: LinearMap) -> Tensor:
         """x [T, K] to [T, sum(widths)], adapters included."""
 
-    def logits(self, x: Tensor, head: LinearMap) -> Tensor:
-        """The output matrix applied to the rows that are wanted, [S, V]."""
+    def wanted(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Batch]:
+        """The rows of x and residual whose logits are wanted, [S, ·], and the step of these rows only."""
 
     def silu_mul(self, h: Tensor) -> Tensor:
         """silu(gate) · up of the two halves of h."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from motet.kernels.bfloat16 import Bfloat16Weight
 from motet.kernels.kv_write import KVLayout, rotary_kv_write
 from motet.kernels.latent_attention import latent_attention, latent_write, per_head
 from motet.kernels.latent_lora import lora_key_query, lora_value
-from motet.kernels.linear import PackedWeight, Weight, linear
+from motet.kernels.linear import PackedWeight, Weight
+from motet.kernels.linear import linear as product
 from motet.kernels.lora import LoraRows, LoraTable, Segment, lora_add, lora_embed
 from motet.kernels.moe import ExpertLora, Experts, moe
 from motet.kernels.mxfp4 import Mxfp4Weight
@@ -27,8 +28,8 @@ from motet.layers.batch import AttentionForm, FourBit, LatentForm, LinearMap
 class LoraBatch:
     """The adapters of a step: the pointer table, the rows that carry one, and each row's slot ([T] int32, -1 base).
 
-    `segments` are the runs of rows of one adapter, `rows` the same as the kernels take them, `head_rows` the same
-    among the rows of logits.
+    `segments` are the runs of rows of one adapter, `rows` the same as the kernels take them; `head_rows` are the rows
+    whose logits are wanted, counted among themselves.
     """
 
     table: LoraTable
@@ -73,18 +74,21 @@ class CpuBatch:
         head_rms_norm(x, 0, 1, weight, eps)
 
     def linear(self, x: Tensor, linear: LinearMap) -> Tensor:
-        return self._linear(x, linear, None if self.lora is None else self.lora.rows)
-
-    def logits(self, x: Tensor, head: LinearMap) -> Tensor:
-        return self._linear(x[self.logit_rows], head, None if self.lora is None else self.lora.head_rows)
-
-    def _linear(self, x: Tensor, how: LinearMap, rows: LoraRows | None) -> Tensor:
-        y = linear(x, how.weight)
-        if how.bias is not None:
-            y += how.bias
-        if self.lora is not None and rows is not None:
-            lora_add(y, x, self.lora.table, how.site, how.widths, rows)
+        y = product(x, linear.weight)
+        if linear.bias is not None:
+            y += linear.bias
+        if self.lora is not None:
+            lora_add(y, x, self.lora.table, linear.site, linear.widths, self.lora.rows)
         return y
+
+    def wanted(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, CpuBatch]:
+        rows = self.logit_rows
+        if len(rows) == len(x):  # each in its place
+            return x, residual, self
+        lora = self.lora
+        if lora is not None:
+            lora = replace(lora, segments=(), rows=lora.head_rows, slots=lora.slots[rows])
+        return x[rows], residual[rows], replace(self, lora=lora)
 
     def silu_mul(self, h: Tensor) -> Tensor:
         return silu_mul(h)

@@ -35,13 +35,19 @@ class Decoder:
     eps: float
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Logits [S, V] of the rows of the step of which they are wanted."""
+        """Logits [S, V] of the rows of the step of which they are wanted.
+
+        What the last layer does after its keys and values are written, it does for these rows only.
+        """
         x: Branch = batch.embed(self.embedding, self.embed_site)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = batch.norm(x, residual, layer.attention_norm, self.eps)
             x = layer.attention(x, batch)
+            if layer is self.layers[-1]:
+                x, residual, batch = batch.wanted(x, residual)
+            x = batch.linear(x, layer.attention.out)
             x, residual = batch.norm(x, residual, layer.mlp_norm, self.eps)
             x = layer.mlp(x, batch)
         x, _ = batch.norm(x, residual, self.norm, self.eps)
-        return batch.logits(x, self.head)
+        return batch.linear(x, self.head)

@@ -6,8 +6,9 @@ captured in a graph once and replayed for every batch of its size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from motet.kernels.gpu.attention import (
 )
 from motet.kernels.gpu.combine import Normed, combine
 from motet.kernels.gpu.dense import DenseUpdate, dense_config, dense_product
-from motet.kernels.gpu.embed import known_tokens, lora_embed
+from motet.kernels.gpu.embed import embed, lora_embed
 from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
 from motet.kernels.gpu.latent_attention import latent_decode, latent_prefill, latent_write
 from motet.kernels.gpu.latent_lora import lora_key_query, lora_value
@@ -38,15 +39,25 @@ from motet.kernels.gpu.tuned import tuned
 from motet.kernels.kv_write import KVLayout
 from motet.kernels.route import RoutingRule
 from motet.layers.batch import AttentionForm, FourBit, LatentForm, LinearMap
+from motet.layers.decoder import Decoder
+from motet.layers.mlp import DenseMLP, SparseMLP
+
+COPIES_FROM = 64
+"""Rows of a tile from which products read experts' copies in bfloat16."""
 
 
 @dataclass(frozen=True)
 class GpuExperts:
-    """The weights of a layer's experts."""
+    """The weights of a layer's experts; `copies` of both in bfloat16, if they are of four bits and there is room."""
 
     gate_up: ExpertWeights
     down: ExpertWeights
     activation: Activation
+    copies: tuple[ExpertWeights, ExpertWeights] | None = None
+
+    def of(self, rows: int) -> tuple[ExpertWeights, ExpertWeights]:
+        """Gate and up, and down, for tiles of so many rows."""
+        return (self.gate_up, self.down) if self.copies is None or rows < COPIES_FROM else self.copies
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,10 @@ class GpuKV:
 
 @dataclass(frozen=True)
 class GpuBatch:
-    """tokens, positions [T] int32, a GpuKV for each KV group, logit_rows [S] int64, `rows` [1] int32 how many of the T
-    rows are real. Tokens may stand for what the step before left in `chosen` (`known_tokens`). `lora` None: no row
-    carries an adapter, no LoRA kernel is launched. `arrived` counts for products (`dense.arrivals`)."""
+    """tokens, positions [T] int32, a GpuKV for each KV group, logit_rows [S] int64; `rows` and `logits` [1] int32, how
+    many of the T and of the S rows are real. Tokens may stand for what the step before left in `chosen`
+    (`embed`). `lora` None: no row carries an adapter, no LoRA kernel is launched. `arrived` counts for products
+    (`dense.arrivals`). `all_wanted`: logit_rows are all rows, in their order."""
 
     tokens: Tensor
     positions: Tensor
@@ -100,15 +112,16 @@ class GpuBatch:
     kv: KVLayout
     logit_rows: Tensor
     rows: Tensor
+    logits: Tensor
     lora: GpuLora | None
     chosen: Tensor
     workspace: DecodeWorkspace
     arrived: Tensor
     pdl: bool = False
+    all_wanted: bool = False
 
     def embed(self, table: Tensor, site: int) -> Tensor:
-        tokens = known_tokens(self.tokens, self.chosen)
-        x = torch.nn.functional.embedding(tokens, table)
+        x, tokens = embed(self.tokens, self.chosen, table)
         if self.lora is not None and site not in self.lora.idle:
             lora_embed(x, tokens, len(table), self.lora.table, site, self.lora.slots)
         return x
@@ -129,33 +142,36 @@ class GpuBatch:
         columns.copy_(torch.nn.functional.rms_norm(columns.float(), weight.shape, weight, eps))
 
     def linear(self, x: Tensor, linear: LinearMap) -> Tensor:
-        return self._linear(x, linear, None if self.lora is None else self.lora.tiles)
-
-    def logits(self, x: Tensor, head: LinearMap) -> Tensor:
-        return self._linear(x[self.logit_rows], head, None if self.lora is None else self.lora.head_tiles)
-
-    def _linear(self, x: Tensor, how: LinearMap, tiles: LoraTiles | None) -> Tensor:
         """Few rows are multiplied by a kernel that updates them too, more by cuBLAS and updated after it."""
+        update = self._shrunk(x, linear)
         if not 0 < len(x) <= dense.MOST_ROWS:
-            y = torch.nn.functional.linear(x, how.weight, how.bias)
-            if self.lora is not None and (u := self._shrunk(x, how, tiles)) is not None:
+            y = torch.nn.functional.linear(x, linear.weight, linear.bias)
+            if self.lora is not None and (u := update) is not None:
                 lora.lora_expand(y, u.table, u.site, u.widths, u.tiles, u.z, self.lora.config, pdl=self.pdl)
             return y
-        features, depth = how.weight.shape
-        y, update = x.new_empty(len(x), features), self._shrunk(x, how, tiles)
+        features, depth = linear.weight.shape
+        y = x.new_empty(len(x), features)
         config = tuned("dense_product", dense_config(features, depth), features=features, depth=depth)
-        dense_product(x, how.weight, how.bias, y, self.arrived, config, update=update, pdl=self.pdl)
+        dense_product(x, linear.weight, linear.bias, y, self.arrived, config, update=update, pdl=self.pdl)
         return y
 
-    def _shrunk(self, x: Tensor, how: LinearMap, tiles: LoraTiles | None) -> DenseUpdate | None:
+    def _shrunk(self, x: Tensor, how: LinearMap) -> DenseUpdate | None:
         """The shrunk input of the map's sites, if any row may carry an adapter there."""
-        if self.lora is None or tiles is None or how.site in self.lora.idle:
+        if self.lora is None or how.site in self.lora.idle:
             return None
         columns = len(how.widths) * self.lora.rank_blocks * lora.RANKS
-        table, config = self.lora.table, self.lora.config
+        table, tiles, config = self.lora.table, self.lora.tiles, self.lora.config
         z = lora.shrunk(len(x), x.shape[1], columns, config, x.device)
         lora.lora_shrink(x, table, how.site, len(how.widths), tiles, z, config, pdl=self.pdl)
         return DenseUpdate(table, how.site, how.widths, tiles, z)
+
+    def wanted(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, GpuBatch]:
+        if self.all_wanted:
+            return x, residual, self
+        rows, lora = self.logit_rows, self.lora
+        if lora is not None:
+            lora = replace(lora, slots=lora.slots[rows], tiles=lora.head_tiles)
+        return x[rows], residual[rows], replace(self, rows=self.logits, lora=lora)
 
     def silu_mul(self, h: Tensor) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
@@ -212,21 +228,22 @@ class GpuBatch:
         adapters = 0 if self.lora is None else self.lora.adapters
         work = Sorted.empty(tokens, rule.top_k, count, rows, adapters, x.device)
         slots = None if self.lora is None else self.lora.slots
-        route(scores.float(), rule, slots, work, self.rows, pdl=self.pdl)
-        h = x.new_empty(len(work.order), experts.down.shape[2])
+        route(scores, rule, slots, work, self.rows, pdl=self.pdl)
+        gate_up, down = experts.of(rows)
+        h = x.new_empty(len(work.order), down.shape[2])
         update = self._update(x, work, site, 2, gather=True)
         product(
-            x, experts.gate_up, work, h, _expert_config(experts.gate_up, 2, work), gather=True,
+            x, gate_up, work, h, _expert_config(gate_up, 2, work), gather=True,
             activation=experts.activation, update=update, weigh_input=rule.on_input, pdl=self.pdl,
         )  # fmt: skip
         update = self._update(h, work, site + 2, 1, gather=False)
         out = x.new_empty(len(work.order), x.shape[1])
         product(
             h,
-            experts.down,
+            down,
             work,
             out,
-            _expert_config(experts.down, 1, work),
+            _expert_config(down, 1, work),
             gather=False,
             update=update,
             pdl=self.pdl,
@@ -295,3 +312,43 @@ class GpuDevice:
         if isinstance(weights, FourBit):
             return Mxfp4.pack(weights.codes, weights.scales)
         return torch.stack([weight.contiguous() for weight in weights])
+
+
+def copies_bytes(decoder: Decoder) -> int:
+    """What copies of its four-bit experts in the dtype of its products would take."""
+    packed = [
+        weights
+        for layer in decoder.layers
+        if isinstance(layer.mlp, SparseMLP) and isinstance(layer.mlp.experts, GpuExperts)
+        for weights in (layer.mlp.experts.gate_up, layer.mlp.experts.down)
+        if isinstance(weights.weight, Mxfp4)
+    ]
+    return sum(math.prod(weights.shape) for weights in packed) * decoder.embedding.dtype.itemsize
+
+
+def with_copies(decoder: Decoder) -> Decoder:
+    """The decoder with such copies."""
+    dtype = decoder.embedding.dtype
+    return replace(
+        decoder, layers=[replace(layer, mlp=_copied(layer.mlp, dtype)) for layer in decoder.layers]
+    )
+
+
+def _copied(mlp: DenseMLP | SparseMLP, dtype: torch.dtype) -> DenseMLP | SparseMLP:
+    if not isinstance(mlp, SparseMLP) or not isinstance(mlp.experts, GpuExperts):
+        return mlp
+    experts = mlp.experts
+    if not isinstance(experts.gate_up.weight, Mxfp4):
+        return mlp
+    copies = _plain(experts.gate_up, dtype), _plain(experts.down, dtype)
+    return replace(mlp, experts=replace(experts, copies=copies))
+
+
+def _plain(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+    """One expert after the other: the way there takes several times as much memory."""
+    packed = weights.weight
+    assert isinstance(packed, Mxfp4)
+    plain = torch.empty(weights.shape, dtype=dtype, device=packed.words.device)
+    for expert, target in enumerate(plain):
+        target.copy_(Mxfp4(packed.words[expert], packed.scales[expert]).dequantise(dtype))
+    return ExpertWeights(plain, weights.bias)

@@ -20,7 +20,7 @@ class QueryUp:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Down-projections of query and latent in one product, attention among the latents, output projection.
+    """Down-projections of query and latent in one product, and attention among the latents; `out` comes after it.
 
     The first columns that `down` gives are the queries, or what `query_up` makes queries of; the others are a token's
     latent and the key part that rotates.
@@ -32,10 +32,10 @@ class LatentAttention:
     form: LatentForm
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, H] normalised hidden states to [T, H]."""
+        """x [T, H] normalised hidden states to what the heads found, [T, Hq·value]."""
         z = q = batch.linear(x, self.down)
         column, up = self.down.widths[0], self.query_up
         if up is not None:
             batch.norm_columns(z, up.norm, up.eps)
             q = batch.linear(z[:, :column].contiguous(), up.up)
-        return batch.linear(batch.latent_attention(q, z, column, self.form), self.out)
+        return batch.latent_attention(q, z, column, self.form)

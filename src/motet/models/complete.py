@@ -37,12 +37,16 @@ def completed(config: PretrainedConfig) -> ModelConfig:
 
 def _values(config: PretrainedConfig) -> dict[str, Any]:
     plain = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
-    known = {*type(config).__dataclass_fields__, *config.attribute_map, *config.attribute_map.values()}
+    known = {
+        *getattr(type(config), "__dataclass_fields__", ()),
+        *config.attribute_map,
+        *config.attribute_map.values(),
+    }
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     return {
         **plain,
         **{alias: getattr(config, name, None) for alias, name in config.attribute_map.items()},
-        "is_heterogeneous": config.is_heterogeneous,
+        "is_heterogeneous": getattr(config, "is_heterogeneous", False),
         "unknown_options": {name: value for name, value in plain.items() if name not in known},
         "rope_frequencies": _rope_frequencies(config),
         "parts": {name: _values(part) for name, part in parts.items() if isinstance(part, PretrainedConfig)},

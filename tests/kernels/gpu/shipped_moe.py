@@ -92,7 +92,7 @@ def layer(shape: Shape, tokens: int, plan: LayerPlan, *, lora: bool, pdl: bool =
     """One layer's launches, as a step makes them."""
     work = Sorted.empty(tokens, shape.top_k, shape.num_experts, plan.rows, 8 if lora else 0, "meta")
     route(
-        meta(tokens, shape.num_experts, dtype=F32),
+        meta(tokens, shape.num_experts),
         RoutingRule(shape.top_k, True),
         meta(tokens, dtype=I32) if lora else None,
         work,

@@ -14,7 +14,8 @@ from motet.adapters.gpu_table import GpuTable
 from motet.adapters.image import pack
 from motet.engine.gpu_inputs import StepBuilder
 from motet.engine.gpu_shapes import cut
-from motet.layers.gpu import GpuDevice
+from motet.layers import gpu
+from motet.layers.gpu import GpuDevice, copies_bytes, with_copies
 from motet.layers.mlp import SparseMLP
 from motet.memory.pool import Pool
 from motet.models.registry import load_model, load_spec
@@ -31,7 +32,7 @@ INTERPRETED = ["qwen3-moe", "gpt-oss", "deepseek-v2-lite", "deepseek-v3"]
 
 
 @pytest.mark.parametrize("kind", FAMILIES if torch.cuda.is_available() else INTERPRETED)
-def test_steps_match_peft(kind: str, tmp_path: Path, device: str) -> None:
+def test_steps_match_peft(kind: str, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, which the interpreter gets right; every format of adapters in one batch."""
     layers = {} if device == "cuda" else {"num_hidden_layers": 2}  # the interpreter takes a minute for each
     model = write_model(tmp_path / "model", kind, **layers)
@@ -66,7 +67,15 @@ def test_steps_match_peft(kind: str, tmp_path: Path, device: str) -> None:
     with torch.inference_mode():
         many = [Chunk(i, tuple(p[:-1]), 0, tables[i], digests[i], True) for i, p in enumerate(prompts)]
         chunks = builder.ordered(Plan(chunks=tuple(many)))
-        if device == "cuda" or kind != "qwen3-moe":
+        if kind == "gpt-oss":  # the one with four-bit experts: prompts also, here only, through their copies
+            copied = with_copies(decoder)
+            assert copies_bytes(decoder) == sum(t.nbytes for t in tensors(copied)) - sum(
+                t.nbytes for t in tensors(decoder)
+            )
+            with monkeypatch.context() as patch:
+                patch.setattr(gpu, "COPIES_FROM", 8)
+                check(chunks, copied(builder.batch(chunks, pdl=False)))
+        if device == "cuda" or kind not in ("qwen3-moe", "gpt-oss"):
             check(chunks, decoder(builder.batch(chunks, pdl=False)))
         if device == "cuda" or kind == "qwen3-moe":  # the tensors of a captured step, with padding everywhere
             staging, groups = builder.prompts(192), len(spec.kv_groups)
@@ -91,7 +100,7 @@ def tensors(part: object) -> Iterator[torch.Tensor]:
     """All tensors of a tree of dataclasses, in their order."""
     if isinstance(part, torch.Tensor):
         yield part
-    elif isinstance(part, list):
+    elif isinstance(part, list | tuple):
         for one in part:
             yield from tensors(one)
     elif is_dataclass(part):

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from motet.errors import ConfigError
-from motet.kernels.activation import Activation, activate
+from motet.kernels.activation import Activation, activate_torch
 from motet.kernels.gpu.jit import kernel, launch_options, tl, triton
 from motet.kernels.gpu.lora import FACTOR_ALIGNMENT, RANKS, check_config
 from motet.kernels.gpu.moe_lora import ExpertUpdate, expand, fetch, fetch_factors, most_blocks
@@ -149,7 +149,7 @@ def product_torch(
             h *= work.weight.view(-1)[pairs, None]
         if weights.bias is not None:
             h += weights.bias[expert]
-        out[start : start + rows] = h if activation is None else activate(h, activation)
+        out[start : start + rows] = h if activation is None else activate_torch(h, activation)
 
 
 def _expand_torch(h: Tensor, update: ExpertUpdate | None, expert: int, slot: int, begin: int) -> None:

@@ -20,6 +20,7 @@ these below 3.5 and 1.7.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from motet.kernels.gpu.jit import kernel, tl
-from motet.kernels.mxfp4 import BLOCK, VALUES
+from motet.kernels.mxfp4 import BLOCK
 
 TILE = 32
 MAX_SCALE = 128
@@ -96,12 +97,21 @@ class Mxfp4:
             scales.reshape(*lead, tiles * TILE, groups).to(torch.uint8),
         )
 
-    def dequantise(self) -> Tensor:
-        """The weights [.., N, K] float32."""
-        codes, scales = self.unpack()
-        halves = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-        values = torch.from_numpy(VALUES).to(codes.device)[halves.long()]
-        return values * torch.exp2(scales.double() - 127).float().repeat_interleave(BLOCK, -1)
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [.., N, K], exactly, as kernels take them from a word: see the module's semantics."""
+        *lead, tiles, groups, _ = self.words.shape
+        word = self.words
+        mask = 0x81C081C0 - (1 << 32)
+        rotated = (word >> 4 & (1 << 28) - 1) | word << 28
+        last = (word & 0x81808180 - (1 << 32)) | (word >> 8 & 0x00400040)
+        pairs = torch.stack([word << 6 & mask, word << 2 & mask, rotated & mask, last], -1)
+        shape = (math.prod(lead), tiles, groups, 8, 4, 2, 2, 2, 2, 2)  # g t mt rh step h half
+        values = pairs.view(torch.bfloat16).view(shape).to(dtype)
+        shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int32, device=word.device)
+        scales = ((self.scales[..., None] >> shifts & 0xFF) << 23).view(torch.float32)
+        scaled = values * scales.view(*shape[:4], 1, 2, 2, 1, 1, 1).to(dtype)
+        natural = scaled.permute(0, 1, 5, 6, 3, 2, 7, 8, 4, 9)
+        return natural.reshape(*lead, tiles * TILE, groups * BLOCK)
 
 
 def _pack_words(codes: Tensor) -> Tensor:

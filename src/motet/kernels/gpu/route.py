@@ -4,12 +4,16 @@ Semantics (experts and weights: `motet.kernels.route`): token t and its j-th exp
 by (expert, adapter slot, pair); those of padding tokens (t >= tokens[0]) come last and belong to nothing. In that order
     tiles    are up to `rows` consecutive pairs of one expert, the work of the expert products;
     segments are the runs of one adapter in a tile, the work of the updates; base pairs (slot -1) are in none.
-    logits: [T, E] float32; slots: [T] int32 or None; tokens: [1] int32 or None (all T are real).
-All results have a fixed capacity, `Sorted.empty` says which; nothing is read back to the host.
+    logits: [T, E] of any floating type; slots: [T] int32 or None; tokens: [1] int32 or None (all T are real).
+All results have a fixed capacity, `Sorted.empty` says which; nothing is read back to the host. Of equal scores the
+lower expert wins.
 
-Up to MAX_PAIRS pairs of up to MAX_SCORES scores take one launch of one program, which also sorts. More take three:
-experts by blocks of tokens, torch's stable sort, and one program that walks the sorted pairs. Of equal scores the lower
-expert wins.
+Up to MAX_PAIRS pairs of up to MAX_SCORES scores take one launch of one program, which also sorts. More take three, of
+many programs each: choose finds the experts of some tokens, rank the places of some pairs, layout what begins or ends
+at some places. A pair's place is the number of pairs before it, and a program of rank compares its pairs with all: it
+needs nothing from another. The ends of experts are ranked alike. From them layout knows the tiles before any place; the
+segments before it are counted, only its own are scanned. Torch would sort in a dozen launches, but rank's work grows
+with the square of the pairs: above MAX_RANKED of them torch does.
 """
 
 from __future__ import annotations
@@ -28,13 +32,16 @@ MAX_PAIRS = 512
 PAIR_BITS = 9
 MAX_SCORES = 8192
 """Scores that one program holds, counted the same way: with twice as many its registers spill."""
-CHUNK = 1024
+MAX_RANKED = 24576
+"""Pairs that are ranked: comparing so many with each other, two instructions a comparison, takes 71,000 cycles if each
+of 132 multiprocessors does 128 instructions in one."""
 
 
 @dataclass(frozen=True)
 class RouteConfig:
-    """How the one program is compiled: scores per thread (fewer are more barriers, more are more code, which a kernel
-    this short waits for), and when the next kernel may start (`launch`, see `moe.ProductConfig`: 0, 1 or 2)."""
+    """How the kernels are compiled: scores per thread of the one program (fewer are more barriers, more are more code,
+    which a kernel this short waits for), and when the next kernel may start (`launch`, see `moe.ProductConfig`: 0, 1
+    or 2)."""
 
     scores: int = 4
     launch: int = 2
@@ -128,7 +135,6 @@ def route(
     """Fill `out`; see the module's semantics. A slot is below 2^(22 - bits of E) - 1."""
     rows, num_experts = logits.shape
     assert out.inverse.shape == (rows, rule.top_k)
-    assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
     if not rows:
         out.counts.zero_()
@@ -143,30 +149,64 @@ def route(
         "GP": triton.next_power_of_2(rule.groups),
     }  # fmt: skip
     given = tuple(out.weight if one is None else one for one in (rule.bias, slots, tokens))
+    start = {"LAUNCH": config.launch if pdl else 0, **launch_options(pdl)}
     scores = triton.next_power_of_2(rows) * how["EP"]
     if triton.next_power_of_2(rows) * how["KP"] <= MAX_PAIRS and scores <= MAX_SCORES:
         warps = min(max(scores // (32 * config.scores), 1), 16)
         _route_kernel[(1,)](
             logits, *given, out.weight, out.order, out.inverse, out.counts, out.tiles, out.segments,
             rows, logits.stride(0), len(out.tiles), TP=triton.next_power_of_2(rows), ROWS=out.rows,
-            PAIR_BITS=PAIR_BITS, LAUNCH=config.launch if pdl else 0, num_warps=warps, **how, **launch_options(pdl),
+            PAIR_BITS=PAIR_BITS, num_warps=warps, **how, **start,
         )  # fmt: skip
     else:
-        _route_many(logits, given, out, how)
+        _route_many(logits, given, out, how, start)
 
 
-def _route_many(logits: Tensor, given: tuple[Tensor, ...], out: Sorted, how: dict[str, Any]) -> None:
-    rows = len(logits)
-    keys = torch.empty(rows * how["K"], dtype=torch.int32, device=logits.device)
+def _route_many(
+    logits: Tensor, given: tuple[Tensor, ...], out: Sorted, how: dict[str, Any], start: dict[str, Any]
+) -> None:
+    rows, num_experts, slot_bits = len(logits), how["E"], how["SLOT_BITS"]
+    pairs = rows * how["K"]
+    keys = torch.empty(pairs, dtype=torch.int32, device=logits.device)
     tokens = min(4096 // how["EP"], 16)
     _choose_kernel[(triton.cdiv(rows, tokens),)](
-        logits, *given, out.weight, keys, rows, logits.stride(0), TP=tokens, num_warps=4, **how
+        logits, *given, out.weight, keys, rows, logits.stride(0), TP=tokens, num_warps=4, **how, **start
     )
-    ordered, order = keys.sort(stable=True)
-    _layout_kernel[(1,)](
-        ordered, order, out.order, out.inverse, out.counts, out.tiles, out.segments, len(keys), len(out.tiles),
-        SLOT_BITS=how["SLOT_BITS"], ROWS=out.rows, CHUNK=CHUNK, num_warps=8,
+    if pairs <= MAX_RANKED:
+        ordered, ends = torch.empty_like(keys), keys.new_empty(num_experts)
+        block = 16
+        _rank_kernel[(triton.cdiv(pairs + num_experts, block),)](
+            keys, ordered, ends, out.order, out.inverse, pairs, E=num_experts, SLOT_BITS=slot_bits, BLOCK=block,
+            CHUNK=512, num_warps=4, **start,
+        )  # fmt: skip
+    else:
+        ordered, ends = _sort(keys, out, num_experts, slot_bits)
+    chunk = 512
+    _layout_kernel[(triton.cdiv(pairs, chunk),)](
+        ordered, ends, out.counts, out.tiles, out.segments, len(out.tiles), E=num_experts, EP=how["EP"],
+        SLOTS=how["SLOTS"], SLOT_BITS=slot_bits, ROWS=out.rows, CHUNK=chunk, EARLIER=2048, num_warps=4, **start,
     )  # fmt: skip
+
+
+def _sort(keys: Tensor, out: Sorted, num_experts: int, slot_bits: int) -> tuple[Tensor, Tensor]:
+    """What `_rank_kernel` does, by torch: the sorted keys and where each expert's end."""
+    ordered, order = keys.sort(stable=True)
+    out.order.copy_(order)
+    place = torch.arange(len(keys), dtype=torch.int32, device=keys.device)
+    out.inverse.view(-1).scatter_(0, order, place.masked_fill_(ordered == 0x7FFFFFFF, -1))
+    beyond = torch.arange(1, num_experts + 1, dtype=torch.int32, device=keys.device) << slot_bits
+    return ordered, torch.searchsorted(ordered, beyond, out_int32=True)
+
+
+@kernel()
+def _begin(LAUNCH: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the kernel in front; the next one may start as LAUNCH says."""
+    if PDL:
+        if LAUNCH == 1:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        if LAUNCH == 2:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @kernel()
@@ -183,6 +223,7 @@ def _choose(  # type: ignore[no-untyped-def]
     column = tl.arange(0, EP)[None, :]
     inside = real[:, None] & (column < E)
     g = tl.load(logits + t[:, None].to(tl.int64) * stride + column, inside, other=-float("inf"))
+    g = g.to(tl.float32)
     if SIGMOID:
         score = tl.where(inside, 1.0 / (1.0 + tl.exp(-g)), 0.0)
     else:
@@ -250,7 +291,8 @@ def _write_lists(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Tiles and segments that begin or end in places [N] of the sorted keys; `before` and `after` are the neighbours'.
 
-    What was counted and where the current expert and segment began is carried from one run of places to the next.
+    Given what earlier places have: tiles, segments, and where the last expert and segment of them begin. Returns how
+    many tiles and segments there are with these.
     """
     expert, slot = key >> SLOT_BITS, (key & ((1 << SLOT_BITS) - 1)) - 1
     new_expert = valid & ((place == 0) | (before >> SLOT_BITS != expert))
@@ -275,7 +317,7 @@ def _write_lists(  # type: ignore[no-untyped-def]
     tl.store(segments + segment * 4 + 1, slot, opens)
     tl.store(segments + segment * 4 + 2, place, opens)
     tl.store(segments + segment * 4 + 3, place - begin + 1, closes)
-    return tl.max(tile, 0) + 1, tl.max(segment, 0) + 1, tl.max(start, 0), tl.max(begin, 0)
+    return tl.max(tile, 0) + 1, tl.max(segment, 0) + 1
 
 
 @kernel()
@@ -287,12 +329,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     PAIR_BITS: tl.constexpr, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = TP * KP
-    if PDL:
-        if LAUNCH == 1:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        if LAUNCH == 2:
-            tl.extra.cuda.gdc_launch_dependents()
+    _begin(LAUNCH, PDL)
     t = tl.arange(0, TP)
     w, key = _choose(
         logits, bias, slots, tokens, t, rows, stride, BIAS, SLOTS, PADDED, SIGMOID, NORMALISE, SCALE, GROUPS,
@@ -315,7 +352,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     key = tl.where(valid, ordered >> PAIR_BITS, 0x7FFFFFFF)
     before = tl.gather(key, tl.maximum(place - 1, 0), 0)
     after = tl.where(place == P - 1, 0x7FFFFFFF, tl.gather(key, tl.minimum(place + 1, P - 1), 0))
-    num_tiles, num_segments, _, _ = _write_lists(
+    num_tiles, num_segments = _write_lists(
         place, key, before, after, valid, 0, 0, 0, 0, tiles, segments, SLOT_BITS, ROWS
     )
     tl.store(counts, num_tiles)
@@ -329,7 +366,9 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     BIAS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
     SCALE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SLOT_BITS: tl.constexpr, GP: tl.constexpr, TP: tl.constexpr,
+    LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    _begin(LAUNCH, PDL)
     t = tl.program_id(0) * TP + tl.arange(0, TP)
     w, key = _choose(
         logits, bias, slots, tokens, t, rows, stride, BIAS, SLOTS, PADDED, SIGMOID, NORMALISE, SCALE, GROUPS,
@@ -342,29 +381,74 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     tl.store(keys + pair, key, real)
 
 
-@kernel(do_not_specialize=["pairs", "capacity"])
-def _layout_kernel(  # type: ignore[no-untyped-def]
-    ordered, sources, order, inverse, counts, tiles, segments, pairs, capacity,
-    SLOT_BITS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+@kernel(do_not_specialize=["pairs"])
+def _rank_kernel(  # type: ignore[no-untyped-def]
+    keys, ordered, ends, order, inverse, pairs,
+    E: tl.constexpr, SLOT_BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LAUNCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: at 32,768 pairs 32 steps, beside milliseconds of expert products."""
-    num_tiles, num_segments, expert_start, segment_start = 0, 0, 0, 0
+    """Places of BLOCK pairs, or after all pairs of the ends of experts: how many keys are less, or equal and before."""
+    _begin(LAUNCH, PDL)
+    block = tl.program_id(0) * BLOCK
+    i = block + tl.arange(0, BLOCK)
+    is_pair = i < pairs
+    key = tl.load(keys + i, is_pair, other=0)
+    key = tl.where(is_pair, key, ((i - pairs + 1) << SLOT_BITS) - 1)
+    less = tl.zeros((BLOCK, CHUNK), tl.int32)
     for chunk in range(0, pairs, CHUNK):
-        place = chunk + tl.arange(0, CHUNK)
-        inside = place < pairs
-        key = tl.load(ordered + place, inside, other=0x7FFFFFFF)
-        before = tl.load(ordered + place - 1, inside & (place > 0), other=0)
-        after = tl.load(ordered + place + 1, place + 1 < pairs, other=0x7FFFFFFF)
-        pair = tl.load(sources + place, inside, other=0).to(tl.int32)
-        valid = inside & (key != 0x7FFFFFFF)
-        tl.store(order + place, pair, valid)
-        tl.store(inverse + pair, tl.where(valid, place, -1), inside)
-        num_tiles, num_segments, expert_start, segment_start = _write_lists(
-            place, key, before, after, valid, num_tiles, num_segments, expert_start, segment_start, tiles, segments,
-            SLOT_BITS, ROWS,
-        )  # fmt: skip
-    for chunk in range(0, capacity, CHUNK):
-        place = chunk + tl.arange(0, CHUNK)
-        tl.store(tiles + place * 5 + 2, 0, (place >= num_tiles) & (place < capacity))
-    tl.store(counts, num_tiles)
-    tl.store(counts + 1, num_segments)
+        j = chunk + tl.arange(0, CHUNK)[None, :]
+        other = tl.load(keys + j, j < pairs, other=0x7FFFFFFF) - (j < block).to(tl.int32)
+        less -= (other - key[:, None]) >> 31  # a comparison would take twice the instructions
+    j = block + tl.arange(0, BLOCK)[None, :]
+    equal = tl.load(keys + j, j < pairs, other=0x7FFFFFFF) == key[:, None]
+    place = tl.sum(less, 1) + tl.sum((equal & (j < i[:, None])).to(tl.int32), 1)
+
+    real = is_pair & (key != 0x7FFFFFFF)
+    tl.store(ordered + place, key, real)
+    tl.store(order + place, i, real)
+    tl.store(inverse + i, tl.where(real, place, -1), is_pair)
+    tl.store(ends + i - pairs, place, (i >= pairs) & (i < pairs + E))
+
+
+@kernel(do_not_specialize=["capacity"])
+def _layout_kernel(  # type: ignore[no-untyped-def]
+    ordered, ends, counts, tiles, segments, capacity,
+    E: tl.constexpr, EP: tl.constexpr, SLOTS: tl.constexpr, SLOT_BITS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, EARLIER: tl.constexpr, LAUNCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """What begins or ends at CHUNK places, and as many of the unused tiles. Places from ends[E - 1] on are nobody's."""
+    _begin(LAUNCH, PDL)
+    chunk = tl.program_id(0) * CHUNK
+    used = tl.load(ends + E - 1)
+    place = chunk + tl.arange(0, CHUNK)
+    valid = place < used
+    key = tl.load(ordered + place, valid, other=0x7FFFFFFF)
+    before = tl.load(ordered + place - 1, valid & (place > 0), other=0)
+    after = tl.load(ordered + place + 1, place + 1 < used, other=0x7FFFFFFF)
+
+    expert = tl.arange(0, EP)
+    start = tl.load(ends + expert - 1, (expert > 0) & (expert < E), other=0)
+    count = tl.load(ends + expert, expert < E, other=0) - start
+    num_tiles = tl.sum((count + ROWS - 1) // ROWS, 0)
+    tiles_before = tl.sum((tl.minimum(tl.maximum(chunk - start, 0), count) + ROWS - 1) // ROWS, 0)
+    expert_start = tl.max(tl.where(start <= chunk, start, 0), 0)
+    opened, latest = tl.zeros((EARLIER,), tl.int32), tl.zeros((EARLIER,), tl.int32)
+    if SLOTS:
+        end = tl.minimum(chunk, used)
+        for first in range(0, end, EARLIER):
+            p = first + tl.arange(0, EARLIER)
+            k = tl.load(ordered + p, p < end, other=0)
+            differs = k != tl.load(ordered + p - 1, (p > 0) & (p < end), other=0)
+            row = (p - tl.load(ends + (k >> SLOT_BITS) - 1, k >> SLOT_BITS > 0, other=0)) % ROWS
+            opens = ((k & ((1 << SLOT_BITS) - 1)) > 0) & (differs | (row == 0))
+            opened += opens.to(tl.int32)
+            latest = tl.where(opens, p, latest)
+
+    _, num_segments = _write_lists(
+        place, key, before, after, valid, tiles_before, tl.sum(opened, 0), expert_start, tl.max(latest, 0), tiles,
+        segments, SLOT_BITS, ROWS,
+    )  # fmt: skip
+    tl.store(tiles + place * 5 + 2, 0, (place >= num_tiles) & (place < capacity))
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(counts, num_tiles)
+        tl.store(counts + 1, num_segments)

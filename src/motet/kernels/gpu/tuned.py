@@ -115,12 +115,23 @@ def load(folder: Path | None, device: str) -> None:
     _entries.append(_read(sorted(SHIPPED.glob("*.json")), device))
 
 
+def use(configs: Iterable[tuple[str, Shape, Any]]) -> None:
+    """From here on `tuned` knows these (operation, shape, configuration), and nothing else."""
+    _answers.clear()
+    _entries[:] = [[_Entry(operation, shape, config, Path()) for operation, shape, config in configs]]
+
+
 def tuned(operation: str, default: C, **shape: int) -> C:
     """The configuration of an operation at a shape: from a file, or `default`."""
     key = operation, *shape.items()
     if key not in _answers:
         _answers[key] = _choose(operation, default, shape)
     return cast(C, _answers[key])
+
+
+def asked(operation: str) -> list[tuple[Shape, Any]]:
+    """The shapes at which a configuration of an operation was asked for since `load`, and the answers."""
+    return [(dict(key[1:]), config) for key, config in _answers.items() if key[0] == operation]
 
 
 def dump(device: str, operation: str, configs: Iterable[tuple[Shape, Any]]) -> str:
