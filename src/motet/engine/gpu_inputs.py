@@ -9,6 +9,7 @@ looked up on the device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,16 +68,32 @@ class StepBuilder:
                 max_decode, num_heads, spec.num_kv_heads, spec.head_dim, self.device
             )
         self.arrived = dense.arrivals(self.device)
-        typical = {"hidden": spec.hidden_size, "rank": TYPICAL_RANK}
-        self.decode_lora = tuned("lora_decode", lora.DECODE, **typical)
-        self.prefill_lora = tuned("lora_prefill", lora.PREFILL, **typical)
-        self.decode_shrink = tuned("moe_shrink_decode", moe_lora.DECODE, **typical)
-        self.prefill_shrink = tuned("moe_shrink_prefill", moe_lora.PREFILL, **typical)
+        self._typical = {"hidden": spec.hidden_size, "rank": TYPICAL_RANK}
         self.drawn = torch.zeros(2, max_decode, dtype=INT, device=self.device)
         self.places: dict[int, int] = {}
         self.rare = frozenset(
             i for i, site in enumerate(spec.sites) if site.module in ("embed", "head", "router")
         )
+
+    @cached_property
+    def decode_lora(self) -> lora.LoraConfig:
+        """How updates of single tokens are compiled; like the others, asked for by steps that have them."""
+        return tuned("lora_decode", lora.DECODE, **self._typical)
+
+    @cached_property
+    def prefill_lora(self) -> lora.LoraConfig:
+        """The same among prompts."""
+        return tuned("lora_prefill", lora.PREFILL, **self._typical)
+
+    @cached_property
+    def decode_shrink(self) -> moe_lora.ShrinkConfig:
+        """How experts' updates of single tokens are compiled."""
+        return tuned("moe_shrink_decode", moe_lora.DECODE, **self._typical)
+
+    @cached_property
+    def prefill_shrink(self) -> moe_lora.ShrinkConfig:
+        """The same among prompts."""
+        return tuned("moe_shrink_prefill", moe_lora.PREFILL, **self._typical)
 
     def captured(self, rows: int) -> Staging:
         """The tensors of steps of at most `rows` single tokens."""
@@ -138,13 +155,15 @@ class StepBuilder:
             GpuKV(on[f"kv_slots{g}"], DecodeBatch(on["decode_rows"], on["lengths"], on[f"pages{g}"]), None)
             for g in range(len(self.groups))
         ]
-        adapters = GpuLora(
-            self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]),
-            self.decode_lora, self.decode_shrink, len(on["tokens"]), MAX_RANK_BLOCKS, idle,
-        )  # fmt: skip
+        adapters = None
+        if with_lora:
+            adapters = GpuLora(
+                self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]),
+                self.decode_lora, self.decode_shrink, len(on["tokens"]), MAX_RANK_BLOCKS, idle,
+            )  # fmt: skip
         return GpuBatch(
             on["tokens"], on["positions"], groups, self.pool.kv, on["logit_rows"], on["rows"], on["logits"],
-            adapters if with_lora else None, self.drawn[0], self.workspace, self.arrived, pdl, all_wanted=True,
+            adapters, self.drawn[0], self.workspace, self.arrived, pdl, all_wanted=True,
         )  # fmt: skip
 
     def batch(self, chunks: Sequence[Chunk], pdl: bool) -> GpuBatch:

@@ -47,8 +47,10 @@ def test_a_model_asks_for_what_its_steps_use(stack: Stack, tmp_path: Path) -> No
     operations = {operation for operation, _ in asking}
     assert operations == set(tuned.OPERATIONS)
     for (operation, shape), steps in asking.items():
-        if operation == "lora_prefill":
-            assert steps == STEPS, "who builds a step asks for all of them"
+        if operation in ("lora_prefill", "moe_shrink_prefill"):
+            assert steps == [Step(True, 17)]
+        if operation in ("lora_decode", "moe_shrink_decode"):
+            assert steps == [Step(False, 2)]
         if operation == "moe_product" and dict(shape)["packed"]:
             assert Step(False, 2) in steps
 
@@ -74,6 +76,26 @@ def test_the_best_is_found_written_and_gone_on_from(stack: Stack, tmp_path: Path
         found = tuned.tuned("dense_product", default, **dict(shape))
         assert (found.stages, found.splits) == (6, 2)
     tuned.load(None, stack.gpu)
+
+
+def test_no_step_may_pay_for_another(stack: Stack, tmp_path: Path) -> None:
+    """Half the time for prompts is not taken if steps of single tokens get a percent longer."""
+
+    def clock(stack: Stack, step: Step) -> float:
+        del stack
+        changed = any(
+            one.config.stages == 6
+            for source in tuned._entries
+            for one in source
+            if one.operation == "dense_product"
+        )
+        return 1.0 if not changed else 0.5 if step.prompt else 1.01
+
+    tuner = Tuner(stack, STEPS, tmp_path, "tiny", clock)
+    shared = next(q for q, steps in tuner.asking.items() if q[0] == "dense_product" and len(steps) == 3)
+    before = tuner.best[shared]
+    tuner.answer(shared)
+    assert tuner.best[shared] == before
 
 
 def test_nothing_changes_without_a_gain(stack: Stack, tmp_path: Path) -> None:
