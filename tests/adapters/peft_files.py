@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from motet.adapters.checkpoint import Checkpoint
 from motet.models import llama, mixtral
+from motet.models.complete import completed
 from motet.types import ModelSpec
 
 HIDDEN, WIDE, EXPERTS, VOCAB = 48, 80, 4, 64
@@ -43,7 +44,7 @@ def config_of(kind: str, hidden: int = HIDDEN, wide: int = WIDE) -> Any:
 def spec_of(kind: str, hidden: int = HIDDEN, wide: int = WIDE, digest: str = "base") -> ModelSpec:
     """Its ModelSpec."""
     make = llama.spec if kind == "llama" else mixtral.spec
-    return make(config_of(kind, hidden, wide), f"tiny-{kind}", digest)
+    return make(completed(config_of(kind, hidden, wide)), f"tiny-{kind}", digest)
 
 
 @cache

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from motet.kernels.bfloat16 import Bfloat16Weight
 from motet.kernels.lora import (
     BFLOAT16,
     FLOAT32,
@@ -91,6 +92,35 @@ def test_lora_add_matches_plain_mathematics(ranks: list[list[int]], lengths: lis
     lora_add(y, x, table, 0, (20, 13, 13), split_rows(segments))
     assert_close(y, expected)
     assert torch.equal(y[:3], base), "rows of the base model were touched"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("widths", "lengths"),
+    [((32, 64, 32), [70, 40, 50]), ((20, 13, 113), [250, 0, 12]), ((5,), [12, 13, 128])],
+)
+def test_a_product_adds_the_updates_of_blocks_with_the_same_bits(
+    widths: tuple[int, ...], lengths: list[int], threads: int
+) -> None:
+    table, _ = make_table([(48, width) for width in widths], [[4], [16, 3], [33]])
+    starts = np.cumsum([7, *lengths])  # rows before, between and after are the base's
+    segments = [Segment(int(starts[s]), int(starts[s + 1]) - s, s) for s in range(3) if lengths[s]]
+    rows = split_rows(segments)
+    weight = Bfloat16Weight(torch.randn(sum(widths), 48).bfloat16())
+    x = torch.randn(int(starts[-1]) + 5, 48)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert weight.unpacks(x)
+        together, apart = weight.adapted(x, table, 0, widths, rows.blocks), weight.times(x)
+        base = apart.clone()
+        lora_add(together, x, table, 0, widths, rows.singles)
+        lora_add(apart, x, table, 0, widths, rows)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, apart)
+    lora_add_torch(base, x, table, 0, widths, segments)
+    assert_close(together, base)
 
 
 def test_lora_embed_matches_plain_mathematics() -> None:

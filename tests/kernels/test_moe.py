@@ -38,7 +38,7 @@ def test_moe_matches_reference(tokens: int, rule: RoutingRule, with_lora: bool) 
     x, logits = torch.randn(tokens, HIDDEN), torch.randn(tokens, EXPERTS)
     logits[:, 0] += 3 * (tokens == 33)  # then nearly every token chooses the first expert
     lora = None
-    if with_lora and tokens:
+    if with_lora:
         shapes = [(HIDDEN, WIDE), (HIDDEN, WIDE), (WIDE, HIDDEN)] * EXPERTS
         table, _ = make_table(shapes, [[3], [5], [2, 4]])
         lora = ExpertLora(table, 0, torch.randint(-1, 3, (tokens,), dtype=torch.int32))

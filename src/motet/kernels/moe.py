@@ -94,6 +94,8 @@ def moe(
     x: Tensor, logits: Tensor, rule: RoutingRule, experts: Experts, lora: ExpertLora | None = None
 ) -> Tensor:
     """x [T, H] and router logits [T, E] to [T, H]; see the module's semantics."""
+    if len(x) == 0:  # a step that wants no logits has no rows in the last layer
+        return torch.empty_like(x)
     routing = route(logits, rule, lora)
     rows = x[routing.token]
     if rule.on_input:
