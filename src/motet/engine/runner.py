@@ -10,6 +10,7 @@ import torch
 from motet.adapters.table import AdapterTable
 from motet.engine.inputs import build_inputs
 from motet.engine.sampler import Drawn, SamplingRow, sample
+from motet.kernels import bfloat16
 from motet.kernels.attention import AttentionBatch
 from motet.kernels.lora import BFLOAT16, FLOAT32, LONG_SEGMENT, LoraTable, Segment, split_rows
 from motet.layers.cpu import CpuBatch, KVBatch, LoraBatch
@@ -48,6 +49,7 @@ class Runner:
         batch = build_inputs(Plan(chunks=(prompt, token)), self.pool, self.table).batch
         self.decoder(batch)
         self.decoder(_with_adapters(batch, self.pool))
+        bfloat16.warm_up()
 
 
 def _with_adapters(batch: CpuBatch, pool: Pool) -> CpuBatch:

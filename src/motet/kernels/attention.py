@@ -256,7 +256,7 @@ def _attend(
         offset = key % page_tokens
         few = min(page_tokens - offset, end - key)
         at = table[key // page_tokens] * page_stride + offset * dim
-        transpose(keys, key - first, flat, k_base + at, few, dim)
+        transpose(keys, WIDTH, key - first, flat, k_base + at, few, dim)
         for column in range(0, dim, WIDTH):
             for j in range(few):
                 to, source = column * count + (key - first + j) * WIDTH, v_base + at + j * dim + column
@@ -277,9 +277,8 @@ def _attend(
                 position = start + r + i
                 begin, past = _first_key(position, window, chunk) - first, position + 1 - first
                 line = scores[i * padded : i * padded + (seen + WIDTH - 1) // WIDTH * WIDTH]
-                line[:begin] = NO_SINK
-                line[begin:past] *= np.float32(scale)
-                line[past:] = NO_SINK
+                for j in range(line.shape[0]):
+                    line[j] = line[j] * np.float32(scale) if begin <= j < past else NO_SINK
                 softmax_row(line, sink)
             for column in range(0, dim, WIDTH):
                 multiply(

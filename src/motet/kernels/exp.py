@@ -48,12 +48,13 @@ def _ordered(bits):  # type: ignore[no-untyped-def]  # Numba values
 def softmax_row(row: F32, sink: np.float32) -> None:
     """In place; `sink` is one more score, whose share is dropped (-inf: none).
 
-    The largest score is found among integers: of floats, which may be NaN, LLVM compares one at a time.
+    The largest score is found among integers: of floats, which may be NaN, LLVM compares one at a time. Numbers are
+    viewed as integers one by one, because a view of the row costs as much as 60 exponentials.
     """
-    bits = row.view(np.int32)
     most = np.int32(-(2**31))
-    for j in range(bits.shape[0]):
-        most = max(most, _ordered(bits[j]))
+    for j in range(row.shape[0]):
+        bits = np.float32(row[j]).view(np.int32)
+        most = max(most, _ordered(bits))
     top = max(sink, np.int32(_ordered(most)).view(np.float32))
     total = exp(sink - top)
     for j in range(row.shape[0]):

@@ -74,11 +74,16 @@ class CpuBatch:
         head_rms_norm(x, 0, 1, weight, eps)
 
     def linear(self, x: Tensor, linear: LinearMap) -> Tensor:
-        y = product(x, linear.weight)
-        if linear.bias is not None:
-            y += linear.bias
-        if self.lora is not None:
-            lora_add(y, x, self.lora.table, linear.site, linear.widths, self.lora.rows)
+        if self.lora is None:
+            return _base(x, linear)
+        table, rows, weight = self.lora.table, self.lora.rows, linear.weight
+        plain = table.observer is None and linear.bias is None and len(rows.blocks) > 0
+        if plain and isinstance(weight, Bfloat16Weight) and weight.unpacks(x):
+            y = weight.adapted(x, table, linear.site, linear.widths, rows.blocks)
+            rows = rows.singles
+        else:
+            y = _base(x, linear)
+        lora_add(y, x, table, linear.site, linear.widths, rows)
         return y
 
     def wanted(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, CpuBatch]:
@@ -131,6 +136,13 @@ class CpuBatch:
         lora = None if self.lora is None else ExpertLora(self.lora.table, site, self.lora.slots)
         out = moe(x, scores, rule, experts, lora)
         return out if shared is None else out.add_(shared)
+
+
+def _base(x: Tensor, linear: LinearMap) -> Tensor:
+    y = product(x, linear.weight)
+    if linear.bias is not None:
+        y += linear.bias
+    return y
 
 
 class CpuDevice:
