@@ -44,6 +44,20 @@ class SamplingParams(Struct, frozen=True):
     n: int = 1
 
 
+class Account(Struct, frozen=True):
+    """Whom a request's cost is charged to.
+
+    Tenants share what a priority class is served in proportion to their weights; a higher `priority` comes first,
+    always. KV is reused only between requests of the same `salt`, so that nobody learns from the time an answer takes
+    what others asked.
+    """
+
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    salt: str = ""
+
+
 class Request(Struct, frozen=True):
     """One sequence to generate: `n` choices of one HTTP request are `n` of these.
 
@@ -55,6 +69,7 @@ class Request(Struct, frozen=True):
     params: SamplingParams
     adapter: str = BASE
     arrival: float = 0.0
+    account: Account = Account()
 
 
 class TokenLogprob(Struct, frozen=True):
