@@ -29,7 +29,7 @@ from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
 from motet.kernels.gpu.latent_attention import latent_decode, latent_prefill, latent_write
 from motet.kernels.gpu.latent_lora import lora_key_query, lora_value
 from motet.kernels.gpu.lora import LoraConfig, LoraTiles, RankBlocks
-from motet.kernels.gpu.moe import ExpertWeights, ProductConfig, product, product_config, tile_rows
+from motet.kernels.gpu.moe import FEW_TILES, ExpertWeights, ProductConfig, product, product_config, tile_rows
 from motet.kernels.gpu.moe_lora import ExpertUpdate
 from motet.kernels.gpu.mxfp4 import Mxfp4
 from motet.kernels.gpu.norm import add_rms_norm
@@ -262,10 +262,10 @@ class GpuBatch:
 
 def _expert_config(weights: ExpertWeights, sides: int, work: Sorted) -> ProductConfig:
     """How to compile a product of experts for these tiles."""
-    _, features, depth = weights.shape
+    (_, features, depth), tiles = weights.shape, len(work.tiles)
     return tuned(
-        "moe_product", product_config(weights, sides, work.rows, len(work.tiles)), features=features // sides,
-        depth=depth, sides=sides, rows=work.rows, packed=int(isinstance(weights.weight, Mxfp4)),
+        "moe_product", product_config(weights, sides, work.rows, tiles), features=features // sides, depth=depth,
+        sides=sides, rows=work.rows, few=int(tiles <= FEW_TILES), packed=int(isinstance(weights.weight, Mxfp4)),
     )  # fmt: skip
 
 

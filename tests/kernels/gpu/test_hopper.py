@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["shipped_dense", "shipped_latent", "shipped_moe"])
+@pytest.mark.parametrize("module", ["shipped_dense", "shipped_latent", "shipped_moe", "shipped_tuned"])
 def test_kernels_compile_for_sm_90_without_spilling(module: str) -> None:
     """In a process of its own: here kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

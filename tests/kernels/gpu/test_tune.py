@@ -109,7 +109,7 @@ def test_nothing_changes_without_a_gain(stack: Stack, tmp_path: Path) -> None:
 
 
 def test_changes_can_be_used_and_keep_the_sums_of_few_rows() -> None:
-    shape = {"features": 64, "depth": 96, "sides": 2, "rows": 8, "packed": 1}
+    shape = {"features": 64, "depth": 96, "sides": 2, "rows": 8, "few": 0, "packed": 1}
     start = ProductConfig(32, 32, 2, 3, split=2)
     names = {name for change in candidates(start, "moe_product", shape) for name in change}
     assert names == {"features", "warps", "stages", "ranks", "group", "ahead", "launch"}

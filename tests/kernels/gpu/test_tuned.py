@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -20,12 +21,13 @@ from motet.kernels.gpu.moe_lora import ShrinkConfig
 DEVICE = "NVIDIA H200"
 DEFAULT = DenseConfig()
 QKV = {"features": 5120, "depth": 2880}
-PACKED = {"sides": 2, "rows": 8, "packed": 1}
+PACKED = {"sides": 2, "rows": 8, "few": 0, "packed": 1}
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
-    yield
+def nothing_shipped_or_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with mock.patch.object(tuned, "SHIPPED", tmp_path_factory.mktemp("shipped")):
+        yield
     tuned.load(None, "")
 
 
@@ -211,3 +213,13 @@ def test_the_folder_is_configured_or_from_the_environment(monkeypatch: pytest.Mo
     assert (
         resolve(EngineConfig(model="m"), gpu=False).device == "cpu"
     )  # a variable for all engines harms none
+
+
+def test_files_of_motets_own_are_sound_and_load_by_themselves() -> None:
+    with mock.patch.object(tuned, "SHIPPED", Path(tuned.__file__).with_name("configs")):
+        entries = tuned.shipped(DEVICE)
+        tuned.load(None, DEVICE)
+        for operation, shape, config in entries:
+            assert tuned.tuned(operation, None, **shape) == config
+            assert tuned.OPERATIONS[operation].fits(config, shape)
+    assert {operation for operation, _, _ in entries} >= {"moe_product", "lora_decode", "lora_prefill"}

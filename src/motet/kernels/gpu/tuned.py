@@ -75,7 +75,7 @@ OPERATIONS = {
     "moe_product": Operation(
         ProductConfig,
         ("features", "depth"),
-        ("sides", "rows", "packed"),
+        ("sides", "rows", "few", "packed"),
         fits=_divides,
     ),
     "moe_shrink_decode": _SHRINK,
@@ -113,6 +113,11 @@ def load(folder: Path | None, device: str) -> None:
         if not _entries[0]:
             logger.warning("%s has no configuration for %s", folder, device)
     _entries.append(_read(sorted(SHIPPED.glob("*.json")), device))
+
+
+def shipped(device: str) -> list[tuple[str, Shape, Any]]:
+    """What Motet's own files have for a device: (operation, shape, configuration)."""
+    return [(one.operation, one.shape, one.config) for one in _read(sorted(SHIPPED.glob("*.json")), device)]
 
 
 def use(configs: Iterable[tuple[str, Shape, Any]]) -> None:
