@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.gpu import curves
 from benchmarks.gpu.curves import Point
+from benchmarks.gpu.random_checkpoint import CONFIGS
 from motet.bench.stack import Stack
 from motet.bench.tune import Step
 from tests.kernels.gpu.test_ablation import TINY
@@ -27,7 +28,7 @@ def test_every_axis_is_measured_and_drawn(
         return float(len(steps))
 
     monkeypatch.setattr(curves, "points", few)
-    monkeypatch.setitem(curves.CONFIGS, "tiny", dict(TINY.config))
+    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY.config))
     found = list(curves.measure("tiny", 2, device, clock))
     assert [(p.with_adapters, p.base_only) for p in found] == [(1, 2), (3, 4), (5, 6), (7, 8)]
     assert steps[2] == (2, Step(False, 4))
