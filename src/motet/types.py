@@ -58,6 +58,10 @@ class Account(Struct, frozen=True):
     salt: str = ""
 
 
+ANYBODY = Account()
+"""Where nobody is told apart."""
+
+
 class Request(Struct, frozen=True):
     """One sequence to generate: `n` choices of one HTTP request are `n` of these.
 
@@ -69,7 +73,7 @@ class Request(Struct, frozen=True):
     params: SamplingParams
     adapter: str = BASE
     arrival: float = 0.0
-    account: Account = Account()
+    account: Account = ANYBODY
 
 
 class TokenLogprob(Struct, frozen=True):
@@ -83,7 +87,8 @@ class TokenLogprob(Struct, frozen=True):
 class SeqOutput(Struct, frozen=True):
     """What one engine step gave one sequence. `finish` is set exactly once, on the last output of a request.
 
-    With finish "error", `error` is the message and `code` the word of the error's class.
+    With finish "error", `error` is the message and `code` the word of the error's class. The first output of a request
+    says in `queue_seconds` how long it waited to be scheduled.
     """
 
     request_id: str
@@ -93,6 +98,7 @@ class SeqOutput(Struct, frozen=True):
     error: str | None = None
     code: str | None = None
     cached_tokens: int = 0
+    queue_seconds: float | None = None
 
 
 PENDING = -1
@@ -231,7 +237,8 @@ class ModelSpec(Struct, frozen=True):
 class PreparedAdapter(Struct, frozen=True):
     """An adapter that was checked, digested and packed: what is known of it before it has a name.
 
-    `image` is the path of the packed image; `rank` the highest of its modules; `size_bytes` what it takes in the pool.
+    `image` is the path of the packed image, `source` the directory that it was made from; `rank` the highest of its
+    modules; `size_bytes` what it takes in the pool.
     """
 
     digest: str
@@ -240,6 +247,7 @@ class PreparedAdapter(Struct, frozen=True):
     num_parameters: int
     num_pages: int
     size_bytes: int
+    source: str = ""
 
 
 class AdapterRecord(Struct, frozen=True):
@@ -260,11 +268,32 @@ class AdapterRecord(Struct, frozen=True):
     created: float
 
 
+class TierStats(Struct, frozen=True):
+    """A tier of adapters' weights: what is in it now, and what has happened since the start.
+
+    `hits` are loads into the tier above that found the adapter here, `loads` those that brought it here, in
+    `load_seconds` together. `max_bytes` is the budget.
+    """
+
+    resident: int = 0
+    bytes: int = 0
+    max_bytes: int = 0
+    hits: int = 0
+    loads: int = 0
+    load_seconds: float = 0.0
+    evictions: int = 0
+
+
 class EngineStats(Struct, frozen=True):
     """A snapshot of the engine for metrics and health. Pages are counts of pool pages.
 
     `workspace_bytes` is what else a GPU's memory held when the engine was ready: activations, graphs, compiled code.
-    `residency` maps digest → absent, loading, ready or draining; the counters only grow.
+    `prefill_seconds` and `decode_seconds` are what steps with prompts and steps without took; on a GPU most
+    replay a graph that was captured, and so compiled, before.
+    `adapter_hits_by_pages` estimates for eleven sizes how many of the `adapter_requests` would have found their adapter
+    at hand if adapters had a pool of so many pages to themselves.
+    `residency` maps digest → absent, loading, ready or draining; the counters only grow. `tiers` are pool, host (if
+    there is one) and disk; of the disk an engine alone knows only the hits.
     """
 
     running: int = 0
@@ -278,19 +307,31 @@ class EngineStats(Struct, frozen=True):
     weight_bytes: int = 0
     workspace_bytes: int = 0
     steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    graph_replays: int = 0
+    graph_captures: int = 0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
     evictions: int = 0
     loads: int = 0
     load_seconds: float = 0.0
+    adapter_requests: int = 0
+    adapter_hits_by_pages: dict[int, int] = {}
     residency: dict[str, str] = {}
+    tiers: dict[str, TierStats] = {}
+    loads_by_adapter: dict[str, int] = {}
+    pinned: tuple[str, ...] = ()
     running_by_adapter: dict[str, int] = {}
     waiting_by_adapter: dict[str, int] = {}
 
 
 class Delta(Struct, frozen=True):
-    """A piece of the answer to one request: text that is final, its tokens, and at the end why it stopped."""
+    """A piece of the answer to one request: text that is final, its tokens, and at the end why it stopped.
+
+    The first of a choice says in `queue_seconds` how long it waited to be scheduled.
+    """
 
     index: int
     text: str
@@ -299,3 +340,4 @@ class Delta(Struct, frozen=True):
     finish: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    queue_seconds: float | None = None

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from motet.adapters.residency import Residency, Victim, cost_to_lose
+from motet.adapters.residency import Residency
 from motet.memory.pages import PageAllocator
+from motet.memory.reuse import Reuse
 from motet.types import BASE
 
 
@@ -14,20 +15,20 @@ def pages() -> PageAllocator:
 
 @pytest.fixture
 def residency(pages: PageAllocator) -> Residency:
-    residency = Residency(pages)
+    residency = Residency(pages, Reuse(pages.num_pages))
     residency.register("a", 3)
     residency.register("b", 5)
     return residency
 
 
-def load(residency: Residency, digest: str, now: float = 0.0) -> None:
+def load(residency: Residency, digest: str) -> None:
     residency.begin_load(digest)
-    residency.loaded(digest, now)
+    residency.loaded(digest)
     residency.check_integrity()
 
 
 def idle(residency: Residency) -> list[str]:
-    return [victim.adapter for victim in residency.idle()]
+    return [digest for digest, _ in residency.cheapest()]
 
 
 def test_the_base_is_always_ready_and_takes_nothing(residency: Residency) -> None:
@@ -37,7 +38,7 @@ def test_the_base_is_always_ready_and_takes_nothing(residency: Residency) -> Non
     for _ in range(2):
         residency.claim(BASE)
         residency.pin(BASE)
-        residency.unpin(BASE, now=1.0)
+        residency.unpin(BASE)
         residency.unclaim(BASE)
     assert idle(residency) == []
     assert BASE not in residency.states()
@@ -52,10 +53,10 @@ def test_a_load_goes_from_absent_over_loading_to_ready(residency: Residency, pag
     assert residency.any_loading
     assert idle(residency) == []
     residency.check_integrity()
-    residency.loaded("a", now=4.0)
+    residency.loaded("a")
     assert residency.is_ready("a")
     assert not residency.any_loading
-    assert list(residency.idle()) == [Victim("a", 3, 4.0)]
+    assert (idle(residency), residency.idle_pages) == (["a"], 3)
     assert pages.held("adapter") == 3
     assert residency.loads == 1
     residency.check_integrity()
@@ -65,9 +66,9 @@ def test_a_load_begins_once_and_ends_once(residency: Residency) -> None:
     residency.begin_load("a")
     with pytest.raises(AssertionError, match="a is loading"):
         residency.begin_load("a")
-    residency.loaded("a", now=0.0)
+    residency.loaded("a")
     with pytest.raises(AssertionError, match="a is ready"):
-        residency.loaded("a", now=0.0)
+        residency.loaded("a")
     with pytest.raises(AssertionError, match="a is ready"):
         residency.failed("a")
 
@@ -101,24 +102,27 @@ def test_pinned_adapters_are_never_victims(residency: Residency) -> None:
     residency.pin("a")
     residency.pin("a")
     assert idle(residency) == []
-    residency.unpin("a", now=1.0)
+    residency.unpin("a")
     assert idle(residency) == []
     residency.check_integrity()
-    residency.unpin("a", now=2.0)
-    assert list(residency.idle()) == [Victim("a", 3, 2.0)]
-    with pytest.raises(KeyError):
+    residency.unpin("a")
+    assert (idle(residency), residency.idle_pages, residency.wanted()) == ([], 0, ("a",))
+    residency.unclaim("a")
+    residency.unclaim("a")
+    assert (idle(residency), residency.idle_pages, residency.wanted()) == (["a"], 3, ())
+    with pytest.raises(AssertionError, match="b is in use"):
         residency.evict("b")
 
 
 def test_the_least_recently_used_is_the_first_victim(residency: Residency) -> None:
-    load(residency, "a", now=1.0)
-    load(residency, "b", now=2.0)
+    load(residency, "a")
+    load(residency, "b")
     assert idle(residency) == ["a", "b"]
     residency.claim("a")
     residency.pin("a")
-    residency.unpin("a", now=3.0)
+    residency.unpin("a")
+    residency.unclaim("a")
     assert idle(residency) == ["b", "a"]
-    assert sorted(residency.idle(), key=cost_to_lose) == list(residency.idle())
 
 
 def test_an_evicted_adapter_is_absent_known_and_reported_once(
@@ -162,7 +166,7 @@ def test_a_forgotten_adapter_drains(residency: Residency, pages: PageAllocator) 
     assert residency.states()["a"] == "draining"
     load(residency, "a")
     residency.pin("a")
-    residency.unpin("a", now=1.0)
+    residency.unpin("a")
     residency.unclaim("a")
     assert residency.is_ready("a")
     assert residency.states()["a"] == "draining"
@@ -183,7 +187,7 @@ def test_an_adapter_forgotten_while_it_loads_keeps_its_pages_until_the_copy_ends
     residency.check_integrity()
     assert pages.held("adapter") == 3
     if ok:
-        residency.loaded("a", now=1.0)
+        residency.loaded("a")
     else:
         residency.failed("a")
     residency.check_integrity()

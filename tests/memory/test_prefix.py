@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 
 import pytest
 
 from motet.memory.pages import PageAllocator
 from motet.memory.prefix import KEY_BYTES, PrefixIndex, extend_keys
+from motet.memory.reuse import Reuse
 from motet.types import KVGroup
 
 FULL = KVGroup(layers=(0,))
 
 
-def keys_of(adapter: str, tokens: list[int], page_tokens: int = 3) -> list[bytes]:
+def keys_of(adapter: str, tokens: list[int], page_tokens: int = 3, salt: str = "") -> list[bytes]:
     keys: list[bytes] = []
-    extend_keys(keys, adapter, tokens, page_tokens)
+    extend_keys(keys, adapter, salt, tokens, page_tokens)
     return keys
 
 
@@ -24,7 +26,7 @@ def pages() -> PageAllocator:
 
 @pytest.fixture
 def index(pages: PageAllocator) -> PrefixIndex:
-    return PrefixIndex(pages, (FULL,), page_tokens=3)
+    return PrefixIndex(pages, (FULL,), 3, Reuse(pages.num_pages))
 
 
 def compute(index: PrefixIndex, pages: PageAllocator, keys: list[bytes]) -> tuple[int, ...]:
@@ -42,6 +44,11 @@ def match(index: PrefixIndex, keys: list[bytes]) -> tuple[int, ...]:
     return table
 
 
+def evict(index: PrefixIndex, count: int) -> None:
+    """Free the cheapest idle pages."""
+    index.evict([page for page, _ in islice(index.cheapest(), max(0, count))])
+
+
 # Keys
 
 
@@ -54,12 +61,12 @@ def test_keys_grow_with_the_tokens_and_are_never_hashed_again() -> None:
     tokens = list(range(20))
     keys: list[bytes] = []
     for length in (0, 4, 9, 10, 20):
-        extend_keys(keys, "a", tokens[:length], 3)
+        extend_keys(keys, "a", "", tokens[:length], 3)
     assert keys == keys_of("a", tokens)
-    extend_keys(keys, "a", tokens, 3)
+    extend_keys(keys, "a", "", tokens, 3)
     assert len(keys) == 6
     marked = [b"known"]
-    extend_keys(marked, "a", tokens, 3)
+    extend_keys(marked, "a", "", tokens, 3)
     assert marked[0] == b"known"
 
 
@@ -71,6 +78,14 @@ def test_equal_blocks_have_equal_keys_only_after_equal_histories() -> None:
     all_keys += keys_of("a", [1, 2, 2**40, *block])
     assert len(set(all_keys)) == 13
     assert all(len(key) == KEY_BYTES for key in all_keys)
+
+
+def test_nothing_has_equal_keys_under_another_salt() -> None:
+    block = [1, 2, 3]
+    roots = [("", ""), ("a", ""), ("", "a"), ("a", "b"), ("ab", ""), ("", "ab"), ("b", "a")]
+    keys = [keys_of(adapter, block * 2, salt=salt) for adapter, salt in roots]
+    assert len({key for pair in keys for key in pair}) == 14
+    assert keys_of("a", block, salt="b") == keys[3][:1]
 
 
 # The index
@@ -99,7 +114,7 @@ def test_indexed_pages_stay_when_released_and_others_become_free(
 ) -> None:
     table = compute(index, pages, keys_of("a", list(range(6))))
     tail = pages.alloc(1, "kv")
-    index.release(table + tail, now=1.0)
+    index.release(table + tail)
     index.check_integrity()
     assert (pages.held("kv"), pages.held("cached"), pages.free) == (0, 2, 9)
     assert all(map(index.is_idle, table))
@@ -109,9 +124,9 @@ def test_a_shared_page_is_idle_after_its_last_user(index: PrefixIndex, pages: Pa
     keys = keys_of("a", list(range(6)))
     table = compute(index, pages, keys)
     index.share(table)
-    index.release(table, now=1.0)
+    index.release(table)
     assert pages.held("cached") == 0
-    index.release(table, now=2.0)
+    index.release(table)
     assert pages.held("cached") == 2
     index.share(match(index, keys))
     index.check_integrity()
@@ -121,10 +136,10 @@ def test_a_shared_page_is_idle_after_its_last_user(index: PrefixIndex, pages: Pa
 
 def test_match_changes_nothing(index: PrefixIndex, pages: PageAllocator) -> None:
     keys = keys_of("a", list(range(6)))
-    index.release(compute(index, pages, keys), now=1.0)
-    before = list(index.idle())
+    index.release(compute(index, pages, keys))
+    before = list(index.cheapest())
     match(index, keys)
-    assert list(index.idle()) == before
+    assert list(index.cheapest()) == before
 
 
 def test_the_least_recently_used_goes_first_and_the_tail_of_a_chain_before_its_head(
@@ -132,19 +147,31 @@ def test_the_least_recently_used_goes_first_and_the_tail_of_a_chain_before_its_h
 ) -> None:
     old_keys, new_keys = keys_of("a", list(range(9))), keys_of("b", list(range(6)))
     old, new = compute(index, pages, old_keys), compute(index, pages, new_keys)
-    index.release(old, now=1.0)
-    index.release(new, now=2.0)
-    assert list(index.idle()) == [*((page, 1.0) for page in old[::-1]), *((page, 2.0) for page in new[::-1])]
-    index.evict(2)
+    index.release(old)
+    index.release(new)
+    assert [page for page, _ in index.cheapest()] == [*old[::-1], *new[::-1]]
+    evict(index, 2)
     index.check_integrity()
     assert match(index, old_keys) == old[:1]
     assert match(index, new_keys) == new
     index.share(old[:1])
-    index.release(old[:1], now=3.0)
-    index.evict(2)
+    index.release(old[:1])
+    evict(index, 2)
     assert match(index, old_keys) == old[:1]
     assert match(index, new_keys) == ()
     assert pages.free == 10
+
+
+def test_a_block_that_several_have_used_outlives_those_of_one(
+    index: PrefixIndex, pages: PageAllocator
+) -> None:
+    shared, once = keys_of("a", list(range(3))), keys_of("b", list(range(6)))
+    first, others = compute(index, pages, shared), compute(index, pages, once)
+    index.share(first)
+    index.release(first)
+    index.release(first)
+    index.release(others)
+    assert [page for page, _ in index.cheapest()] == [*others[::-1], *first]
 
 
 def test_of_two_equal_blocks_the_first_is_known_and_the_other_free_when_released(
@@ -153,7 +180,7 @@ def test_of_two_equal_blocks_the_first_is_known_and_the_other_free_when_released
     keys = keys_of("a", list(range(3)))
     first, second = compute(index, pages, keys), compute(index, pages, keys)
     assert match(index, keys) == first
-    index.release(second, now=1.0)
+    index.release(second)
     assert pages.free == 10
     assert match(index, keys) == first
 
@@ -170,23 +197,23 @@ def test_random_use_never_returns_a_page_of_other_tokens(index: PrefixIndex, pag
     content: dict[int, bytes] = {}
     in_use: list[tuple[int, ...]] = []
     hits = 0
-    for now in range(2000):
+    for _ in range(2000):
         keys = keys_of(rng.choice(["", "a"]), [rng.randrange(2) for _ in range(rng.randrange(13))])
         hit = match(index, keys)
         hits += len(hit)
         assert [content[page] for page in hit] == keys[: len(hit)]
         needed = len(keys) - len(hit)
-        spare = pages.free + sum(page not in hit for page, _ in index.idle())
+        spare = pages.free + sum(page not in hit for page, _ in index.cheapest())
         if needed <= spare:
             index.share(hit)
-            index.evict(max(0, needed - pages.free))
+            evict(index, needed - pages.free)
             fresh = pages.alloc(needed, "kv")
             for key, page in zip(keys[len(hit) :], fresh, strict=True):
                 index.insert(key, 0, page)
                 content[page] = key
             in_use.append(hit + fresh)
         if in_use and (needed > spare or rng.random() < 0.4):
-            index.release(in_use.pop(rng.randrange(len(in_use))), float(now))
+            index.release(in_use.pop(rng.randrange(len(in_use))))
         index.check_integrity()
         pages.check_integrity()
     assert hits > 500
@@ -213,7 +240,7 @@ def known(
 
 
 def test_a_bounded_group_needs_only_what_the_next_query_reads(pages: PageAllocator) -> None:
-    index = PrefixIndex(pages, (FULL, WIDE), page_tokens=3)
+    index = PrefixIndex(pages, (FULL, WIDE), 3, Reuse(pages.num_pages))
     keys = keys_of("a", list(range(15)))
     full, wide = known(index, pages, keys, {0, 1, 2, 3}, {2, 3})
     assert index.match(keys) == ((full[0], full[1], full[2], full[3]), (-1, -1, wide[2], wide[3]))
@@ -224,14 +251,14 @@ def test_a_bounded_group_needs_only_what_the_next_query_reads(pages: PageAllocat
 def test_of_several_prefixes_the_longest_that_all_groups_can_go_on_from_is_chosen(
     pages: PageAllocator,
 ) -> None:
-    index = PrefixIndex(pages, (WIDE, FULL), page_tokens=3)
+    index = PrefixIndex(pages, (WIDE, FULL), 3, Reuse(pages.num_pages))
     keys = keys_of("a", list(range(15)))
     wide, full = known(index, pages, keys, {0, 1, 3, 4}, {0, 1, 2, 3})
     assert index.match(keys) == ((wide[0], wide[1]), (full[0], full[1]))
 
 
 def test_behind_the_end_of_a_chunk_nothing_of_its_group_is_read(pages: PageAllocator) -> None:
-    index = PrefixIndex(pages, (FULL, CHUNK), page_tokens=3)
+    index = PrefixIndex(pages, (FULL, CHUNK), 3, Reuse(pages.num_pages))
     keys = keys_of("a", list(range(15)))
     full, chunk = known(index, pages, keys, {0, 1, 2, 3, 4}, {3})
     assert index.match(keys[:3]) == ((full[0], full[1], full[2]), (-1, -1, -1))
@@ -239,15 +266,15 @@ def test_behind_the_end_of_a_chunk_nothing_of_its_group_is_read(pages: PageAlloc
 
 
 def test_groups_share_no_pages_and_are_evicted_by_one_order(pages: PageAllocator) -> None:
-    index = PrefixIndex(pages, (FULL, WINDOW), page_tokens=3)
+    index = PrefixIndex(pages, (FULL, WINDOW), 3, Reuse(pages.num_pages))
     keys = keys_of("a", list(range(6)))
     full, window = known(index, pages, keys, {0, 1}, {0, 1})
-    index.release([window[0]], now=1.0)
-    index.release([full[0], full[1], window[1]], now=2.0)
-    assert [page for page, _ in index.idle()] == [window[0], window[1], full[1], full[0]]
-    index.evict(1)
+    index.release([window[0]])
+    index.release([full[0], full[1], window[1]])
+    assert [page for page, _ in index.cheapest()] == [window[0], window[1], full[1], full[0]]
+    evict(index, 1)
     assert index.match(keys) == ((full[0], full[1]), (-1, window[1]))
-    index.evict(1)
+    evict(index, 1)
     assert index.match(keys) == ((), ())
     index.check_integrity()
 
@@ -259,7 +286,7 @@ def test_match_agrees_with_the_definition_for_any_blocks_and_groups() -> None:
         pages = PageAllocator(40)
         bounds = [(0, 0), (4, 0), (6, 0), (10, 0), (0, 9), (0, 5), (7, 6), (1, 0)]
         groups = [KVGroup((), *rng.choice(bounds)) for _ in range(rng.randint(1, 3))]
-        index = PrefixIndex(pages, groups, page_tokens=3)
+        index = PrefixIndex(pages, groups, 3, Reuse(pages.num_pages))
         keys = keys_of("a", list(range(3 * rng.randint(0, 9))))
         density = rng.choice([0.6, 0.8, 0.95, 1.0])
         blocks = [{b for b in range(len(keys)) if rng.random() < density} for _ in groups]

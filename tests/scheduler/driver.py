@@ -5,7 +5,18 @@ from __future__ import annotations
 import random
 
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
-from motet.types import BASE, Chunk, KVGroup, Plan, Request, Sampled, SamplingParams, SeqOutput
+from motet.types import (
+    ANYBODY,
+    BASE,
+    Account,
+    Chunk,
+    KVGroup,
+    Plan,
+    Request,
+    Sampled,
+    SamplingParams,
+    SeqOutput,
+)
 
 EOS = 2
 FULL = KVGroup(layers=(0,))
@@ -44,6 +55,7 @@ class Driver:
         adapter: str = BASE,
         stop_token_ids: tuple[int, ...] = (),
         ignore_eos: bool = False,
+        account: Account = ANYBODY,
     ) -> None:
         """A prompt given by its length is unlike that of any other id."""
         if isinstance(prompt, int):
@@ -51,18 +63,18 @@ class Driver:
             prompt = tuple(rng.randrange(10, 10**6) for _ in range(prompt))
         params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos)
         self.now += 1.0
-        seq = self.scheduler.add(Request(id, prompt, params, adapter, self.now))
+        seq = self.scheduler.add(Request(id, prompt, params, adapter, self.now, account))
         self.names[seq] = id
 
     def plan(self) -> Plan:
         self.now += 1.0
-        plan = self.scheduler.schedule(self.now)
+        plan = self.scheduler.schedule()
         self.scheduler.check_integrity()
         return plan
 
     def commit(self, plan: Plan, token: int = 9) -> list[SeqOutput]:
         sampled = [Sampled(chunk.seq, token) for chunk in plan.chunks if chunk.sample]
-        outputs = self.scheduler.commit(plan, sampled, self.now)
+        outputs = self.scheduler.commit(plan, sampled)
         self.scheduler.check_integrity()
         return outputs
 

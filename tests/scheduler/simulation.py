@@ -2,7 +2,7 @@
 
 The pool is a list of slots. In each KV group, computing a chunk writes its tokens through the block table and
 reads every position that one of its queries reads; loading an adapter writes its pages. A slot remembers its
-group and the whole history of its token (adapter, then every token up to it, as a node of a trie), so that one
+group and the whole history of its token (salt, adapter, then every token up to it, as a node of a trie), so that one
 wrong page anywhere fails the next read. The sampled token is a function of that history: every output must
 equal the one that the request gets alone.
 """
@@ -12,10 +12,23 @@ from __future__ import annotations
 from collections import Counter
 
 from motet.errors import CapacityExceeded, InvalidRequest
-from motet.scheduler import fairness
+from motet.scheduler import waiting
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
 from motet.scheduler.sequence import SequenceState
-from motet.types import BASE, PENDING, Chunk, KVGroup, Plan, Request, Sampled, SamplingParams, SeqOutput
+from motet.scheduler.waiting import by_seniority
+from motet.types import (
+    ANYBODY,
+    BASE,
+    PENDING,
+    Account,
+    Chunk,
+    KVGroup,
+    Plan,
+    Request,
+    Sampled,
+    SamplingParams,
+    SeqOutput,
+)
 
 VOCAB = 61
 EOS = 0
@@ -35,8 +48,14 @@ def first_read(group: KVGroup, query: int) -> int:
     )
 
 
+def flow(seq: SequenceState) -> tuple[Account, str]:
+    """What is served in the order of arrival."""
+    account = seq.request.account
+    return account, seq.adapter if account.tenant else BASE
+
+
 class History:
-    """A trie of (adapter, tokens): equal nodes mean equal histories."""
+    """A trie of (salt, adapter, tokens): equal nodes mean equal histories."""
 
     def __init__(self) -> None:
         self._nodes: dict[tuple[int, str | int], int] = {}
@@ -55,7 +74,7 @@ class Told:
     def __init__(self, request: Request, history: History) -> None:
         self.request = request
         self.history = history
-        self.last = history.node(0, request.adapter)
+        self.last = history.node(history.node(0, request.account.salt), request.adapter)
         self.tokens: list[int] = []
         self.nodes: list[int] = []
         for token in request.prompt:
@@ -104,8 +123,10 @@ class Simulation:
     def live(self) -> list[Told]:
         return [told for told in self.told.values() if told.finish is None]
 
-    def arrive(self, prompt: tuple[int, ...], adapter: str, params: SamplingParams) -> None:
-        request = Request(f"r{len(self.told)}", prompt, params, adapter, self.now)
+    def arrive(
+        self, prompt: tuple[int, ...], adapter: str, params: SamplingParams, account: Account = ANYBODY
+    ) -> None:
+        request = Request(f"r{len(self.told)}", prompt, params, adapter, self.now, account)
         try:
             seq = self.scheduler.add(request)
         except (InvalidRequest, CapacityExceeded):
@@ -151,9 +172,10 @@ class Simulation:
         self.now += 0.02
         before = set(self.scheduler._waiting)
         loading = set(self.loading)
-        plan = self.scheduler.schedule(self.now)
+        was_busy = self.scheduler.is_loader_busy
+        plan = self.scheduler.schedule()
         self.scheduler.check_integrity()
-        self.check_passes(before, loading, plan)
+        self.check_passes(before, loading, was_busy, plan)
         for digest in plan.evictions:
             del self.table[digest]
         for load in plan.loads:
@@ -177,7 +199,7 @@ class Simulation:
 
     def land(self, flight: tuple[Plan, list[Sampled]] | None) -> None:
         if flight is not None:
-            for output in self.scheduler.commit(*flight, self.now):
+            for output in self.scheduler.commit(*flight):
                 self.take(output)
 
     def write_adapter(self, digest: str, pages: tuple[int, ...]) -> None:
@@ -238,17 +260,24 @@ class Simulation:
             own = table[chunk.start // self.config.page_tokens :]
             assert all(readers[page] == 1 for page in own), "a page is written by one and held by another"
 
-    def check_passes(self, before: set[SequenceState], loading: set[str], plan: Plan) -> None:
-        """Count for each waiting request how often a younger one was given pages while it lacked them."""
-        waiting = set(self.scheduler._waiting)
+    def check_passes(self, before: set[SequenceState], loading: set[str], was_busy: bool, plan: Plan) -> None:
+        """Count for each waiting request how often a younger one was given pages while it lacked them.
+
+        One whose adapter is absent lacks nothing but its turn while others are copied.
+        Of two tenants, or two adapters of a named one, the younger may be before the older.
+        """
+        queue = set(self.scheduler._waiting)
         started = {load.digest for load in plan.loads}
         resident = {BASE, *self.table}  # before this plan's evictions
         running = self.scheduler.stats().running
         full = running == self.config.max_running or plan.num_tokens == self.config.max_step_tokens
-        admitted = [seq.seniority for seq in before if seq not in waiting]
-        loads = [min(s.seniority for s in before | waiting if s.adapter == digest) for digest in started]
+        admitted = [seq for seq in before if seq not in queue]
+        asked = {digest: [s for s in before | queue if s.adapter == digest] for digest in started}
+        loads = [
+            min(group, key=by_seniority) for group in asked.values() if group
+        ]  # the others are prefetched
         for seq in before:
-            if seq not in waiting:
+            if seq not in queue:
                 del self.passes[seq.id]
                 continue
             if seq.adapter in loading | started:
@@ -256,9 +285,14 @@ class Simulation:
             ready = seq.adapter in resident
             if not ready and any(s.seniority < seq.seniority for s in before if s.adapter == seq.adapter):
                 continue
+            behind = [load for load in loads if load.seniority > seq.seniority]
+            if not ready and (was_busy or (self.scheduler.is_loader_busy and not behind)):
+                continue  # it asked for nothing that it could have had
             given = admitted if ready and full else admitted + loads
-            self.passes[seq.id] += any(seniority > seq.seniority for seniority in given)
-            assert self.passes[seq.id] < fairness.PATIENCE
+            self.passes[seq.id] += any(
+                other.seniority > seq.seniority and flow(other) == flow(seq) for other in given
+            )
+            assert self.passes[seq.id] < waiting.PATIENCE
 
     def check_after(self, waits: bool) -> None:
         self.scheduler.check_integrity()

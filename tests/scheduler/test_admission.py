@@ -4,9 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from motet.adapters.residency import Victim
 from motet.errors import CapacityExceeded, InvalidRequest
-from motet.scheduler.admission import check_capacity, check_length, choose_victims, longest_kv, pages_for
+from motet.scheduler.admission import (
+    Victim,
+    check_capacity,
+    check_length,
+    choose_victims,
+    longest_kv,
+    pages_for,
+)
 from motet.types import Request, SamplingParams
 
 
@@ -57,36 +63,33 @@ def test_capacity_counts_the_adapter() -> None:
         CapacityExceeded, match="up to 5 pages of KV cache and 7 for its adapter, the pool has 11"
     ):
         check_capacity(kv_pages=5, adapter_pages=7, num_pages=11)
+    check_capacity(kv_pages=4, adapter_pages=5, num_pages=11, pinned_pages=2)
+    with pytest.raises(CapacityExceeded, match="the pool has 11, 3 of them for pinned adapters"):
+        check_capacity(kv_pages=4, adapter_pages=5, num_pages=11, pinned_pages=3)
 
 
-A, B, C = Victim("a", 3, 1.0), Victim("", 1, 2.0), Victim("c", 5, 3.0)
+A, B, C = Victim(3, adapter="a"), Victim(1, page=8), Victim(5, adapter="c")
 
 
 @pytest.mark.parametrize(
-    ("shortfall", "headroom", "chosen"),
+    ("shortfall", "chosen"),
     [
-        (-2, 0, ()),
-        (-2, 2, ()),
-        (0, 0, ()),
-        (1, 0, (A,)),
-        (3, 0, (A,)),
-        (4, 0, (A, B)),
-        (5, 0, (C,)),
-        (6, 0, (A, C)),
-        (7, 0, (A, C)),
-        (9, 0, (A, B, C)),
-        (10, 0, None),
-        (0, 9, ()),
-        (3, 6, (A,)),
-        (3, 7, None),
-        (-2, 11, ()),
-        (-2, 12, None),
+        (-2, ()),
+        (0, ()),
+        (1, (A,)),
+        (3, (A,)),
+        (4, (A, B)),
+        (5, (C,)),
+        (6, (A, C)),
+        (7, (A, C)),
+        (9, (A, B, C)),
+        (10, (A, B, C)),
     ],
 )
 def test_victims_are_the_first_that_suffice_without_the_needless(
-    shortfall: int, headroom: int, chosen: tuple[Victim, ...] | None
+    shortfall: int, chosen: tuple[Victim, ...]
 ) -> None:
-    assert choose_victims([A, B, C], shortfall, headroom) == chosen
+    assert choose_victims([A, B, C], shortfall) == chosen
 
 
 def test_no_more_victims_are_looked_at_than_needed() -> None:
@@ -94,4 +97,4 @@ def test_no_more_victims_are_looked_at_than_needed() -> None:
         yield A
         raise RuntimeError("asked for more")
 
-    assert choose_victims(victims(), 2, 1) == (A,)
+    assert choose_victims(victims(), 2) == (A,)

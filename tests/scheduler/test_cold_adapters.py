@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from motet.errors import InvalidRequest
-from motet.scheduler.fairness import PATIENCE
+from motet.scheduler.waiting import PATIENCE
 from motet.types import Load, SeqOutput
 from tests.scheduler.driver import Driver
 
@@ -104,7 +104,7 @@ def test_a_load_leaves_room_for_the_request_that_it_is_for() -> None:
 # Eviction
 
 
-def test_idle_adapters_and_cached_prefixes_leave_in_the_order_of_their_last_use() -> None:
+def test_of_equal_use_adapters_leave_before_cached_prefixes_that_take_longer_to_bring_back() -> None:
     driver = Driver(num_pages=12)
     driver.make_ready("x", 3)
     driver.add("p", 12, max_tokens=1)
@@ -118,12 +118,27 @@ def test_idle_adapters_and_cached_prefixes_leave_in_the_order_of_their_last_use(
     driver.scheduler.abort("a")
     driver.add("b", 17, max_tokens=1)
     plan = driver.plan()
-    assert plan.evictions == ()
-    assert driver.scheduler.stats().cached_pages == 4, "those of a, whose plan counts as executed"
+    assert plan.evictions == ("y",)
+    assert driver.scheduler.stats().cached_pages == 7, "those of a too, whose plan counts as executed"
     driver.commit(plan)
     driver.add("c", 46, max_tokens=1)
-    assert driver.plan().evictions == ("y",)
+    driver.plan()
+    assert driver.scheduler.stats().cached_pages == 0
     assert driver.scheduler.stats().evictions == 2
+
+
+def test_an_adapter_that_is_used_often_stays_when_prefixes_used_once_go() -> None:
+    driver = Driver(num_pages=12)
+    driver.make_ready("x", 3)
+    for i in range(6):
+        driver.add(f"x{i}", 1, max_tokens=1, adapter="x")
+        driver.finish()
+    for i in range(4):
+        driver.add(f"p{i}", 20, max_tokens=1)
+        plan = driver.plan()
+        assert plan.evictions == ()
+        driver.commit(plan)
+    assert driver.state("x") == "ready"
 
 
 def test_an_evicted_adapter_is_loaded_again_when_wanted() -> None:

@@ -1,146 +1,321 @@
+"""Counters and shares by themselves, then through the scheduler."""
+
 from __future__ import annotations
+
+import random
+from collections import defaultdict
 
 import pytest
 
-from motet.adapters.residency import Residency, Victim
-from motet.memory.pages import PageAllocator
 from motet.scheduler.blocks import KVLayout
-from motet.scheduler.fairness import PATIENCE, WaitingQueue
+from motet.scheduler.cost import ADAPTER_PRICE, LOAD_PRICE, OUTPUT_PRICE, load_cost, progress_cost
+from motet.scheduler.fairness import Counters, Ledger, Space, who_gives_way, youngest
 from motet.scheduler.sequence import SequenceState
-from motet.types import BASE, KVGroup, Request, SamplingParams
+from motet.types import BASE, Account, Request, SamplingParams
+from tests.scheduler.driver import FULL, Driver
 
-LAYOUT = KVLayout((KVGroup(layers=(0,)),), page_tokens=3, max_step_tokens=7)
-
-
-@pytest.fixture
-def residency() -> Residency:
-    """ "r" is ready, "l" is loading, "a" is absent."""
-    residency = Residency(PageAllocator(10))
-    for digest in ("r", "l", "a"):
-        residency.register(digest, 1)
-    residency.begin_load("r")
-    residency.loaded("r", now=0.0)
-    residency.begin_load("l")
-    return residency
+LAYOUT = KVLayout((FULL,), page_tokens=4, max_step_tokens=100)
 
 
-def sequence(id: int, adapter: str = BASE, arrival: float | None = None) -> SequenceState:
-    arrival = float(id) if arrival is None else arrival
-    return SequenceState.of(id, Request(str(id), (1,), SamplingParams(), adapter, arrival), LAYOUT)
+def sequence(id: int, account: Account, adapter: str = BASE, pages: int = 0) -> SequenceState:
+    """With the pages of a running one, all its own."""
+    request = Request(str(id), (1,) * 40, SamplingParams(), adapter, float(id), account)
+    seq = SequenceState.of(id, request, LAYOUT)
+    seq.blocks.extend(tuple(range(100 * id, 100 * id + pages)), 4 * pages, 4 * pages)
+    return seq
 
 
-def queue_of(*sequences: SequenceState) -> WaitingQueue:
-    waiting = WaitingQueue()
-    for seq in sequences:
-        waiting.push(seq)
-    return waiting
+# Cost
 
 
-def asking(waiting: WaitingQueue, residency: Residency, admitting: bool = True) -> list[int]:
-    return [seq.id for seq in waiting.in_turn(residency, admitting)]
+def test_prices() -> None:
+    assert progress_cost(100, 0, 0.0) == 100
+    assert progress_cost(1, 1, 0.0) == OUTPUT_PRICE
+    assert progress_cost(100, 1, 0.01) == pytest.approx((99 + OUTPUT_PRICE) * (1 + 0.01 * ADAPTER_PRICE))
+    assert load_cost(5, 16) == 80 * LOAD_PRICE
 
 
-def starve(waiting: WaitingQueue, seq: SequenceState) -> None:
-    for _ in range(PATIENCE):
-        assert not waiting.is_starving(seq)
-        waiting.pass_over(seq)
-    assert waiting.is_starving(seq)
+# Counters
 
 
-def test_the_oldest_asks_first_whatever_its_adapter(residency: Residency) -> None:
-    waiting = queue_of(sequence(2, "r"), sequence(0, "r"), sequence(3), sequence(1))
-    assert asking(waiting, residency) == [0, 1, 2, 3]
-    assert len(waiting) == 4
-    assert {seq.id for seq in waiting} == {0, 1, 2, 3}
+def test_what_is_charged_counts_after_it_is_settled() -> None:
+    counters = Counters()
+    counters.enter("a")
+    counters.charge("a", 3.0)
+    assert counters.settled["a"] == 0.0
+    counters.settle()
+    counters.settle()
+    assert counters.settled["a"] == 3.0
 
 
-def test_arrival_decides_and_then_the_order_of_adding(residency: Residency) -> None:
-    waiting = queue_of(sequence(0, arrival=5.0), sequence(1, arrival=5.0), sequence(2, arrival=4.0))
-    assert asking(waiting, residency) == [2, 0, 1]
+def test_who_becomes_active_is_lifted_to_the_lowest_of_the_active_before_the_last_step() -> None:
+    counters = Counters()
+    for name, cost in (("a", 5.0), ("b", 7.0)):
+        counters.enter(name)
+        counters.charge(name, cost)
+    counters.settle()
+    counters.charge("a", 100.0)
+    counters.enter("c")
+    assert counters.settled["c"] == 5.0
+    counters.settle()
+    counters.enter("d")
+    assert (counters.settled["a"], counters.settled["d"]) == (105.0, 5.0)
 
 
-def test_requests_for_one_absent_adapter_ask_once_and_while_it_loads_not_at_all(residency: Residency) -> None:
-    waiting = queue_of(sequence(0, "l"), sequence(1, "a"), sequence(2, "a"), sequence(3, "r"))
-    assert asking(waiting, residency) == [1, 3]
+def test_leaving_and_coming_back_neither_saves_up_turns_nor_clears_a_debt() -> None:
+    counters = Counters()
+    for name, cost in (("idle", 1.0), ("busy", 4.0), ("greedy", 50.0)):
+        counters.enter(name)
+        counters.charge(name, cost)
+    counters.settle()
+    counters.leave("idle")
+    counters.leave("greedy")
+    counters.enter("idle")
+    counters.enter("greedy")
+    assert (counters.settled["idle"], counters.settled["busy"], counters.settled["greedy"]) == (
+        4.0,
+        4.0,
+        50.0,
+    )
 
 
-def test_when_nobody_can_be_admitted_only_the_absent_ask(residency: Residency) -> None:
-    waiting = queue_of(sequence(0), sequence(1, "a"), sequence(2, "r"))
-    assert asking(waiting, residency, admitting=False) == [1]
+def test_who_has_several_requests_leaves_with_the_last() -> None:
+    counters = Counters()
+    counters.enter("a")
+    counters.enter("a")
+    counters.leave("a")
+    assert len(counters) == 1
+    counters.leave("a")
+    assert len(counters) == 0
 
 
-def test_nobody_asks_before_a_starving_one(residency: Residency) -> None:
-    seqs = [sequence(0), sequence(1), sequence(2), sequence(3, "a")]
-    waiting = queue_of(*seqs)
-    starve(waiting, seqs[1])
-    assert asking(waiting, residency) == [0, 1]
-    assert asking(waiting, residency, admitting=False) == []
-    waiting.remove(seqs[1])
-    assert asking(waiting, residency) == [0, 2, 3]
+def test_those_who_left_behind_are_forgotten() -> None:
+    counters = Counters()
+    counters.enter("stays")
+    for i in range(5000):
+        counters.enter(f"t{i}")
+        counters.charge(f"t{i}", 1.0)
+        counters.charge("stays", 1.0)
+        counters.leave(f"t{i}")
+        counters.settle()
+    assert len(counters.settled) < 600
 
 
-def test_the_oldest_of_the_starving_counts(residency: Residency) -> None:
-    seqs = [sequence(0), sequence(1), sequence(2)]
-    waiting = queue_of(*seqs)
-    starve(waiting, seqs[1])
-    starve(waiting, seqs[0])
-    assert asking(waiting, residency) == [0]
+# The ledger
 
 
-def test_a_starving_request_lets_others_pass_while_its_adapter_loads(residency: Residency) -> None:
-    seqs = [sequence(0, "l"), sequence(1)]
-    waiting = queue_of(*seqs)
-    starve(waiting, seqs[0])
-    assert asking(waiting, residency) == [1]
-    residency.loaded("l", now=1.0)
-    assert asking(waiting, residency) == [0]
+def ledger_of(*seqs: SequenceState) -> Ledger:
+    ledger = Ledger()
+    for seq in seqs:
+        ledger.enter(seq)
+    return ledger
 
 
-def test_waiting_anew_starts_with_new_patience(residency: Residency) -> None:
-    seqs = [sequence(0), sequence(1)]
-    waiting = queue_of(*seqs)
-    starve(waiting, seqs[0])
-    waiting.remove(seqs[0])
-    waiting.push(seqs[0])
-    assert not waiting.is_starving(seqs[0])
-    assert asking(waiting, residency) == [0, 1]
+def test_turns_go_by_class_then_by_weighted_cost_then_by_adapter_then_by_arrival() -> None:
+    light, heavy, high = Account("light", 1.0), Account("heavy", 4.0), Account("high", priority=1)
+    x, y, other, first = (
+        sequence(0, light, "x"),
+        sequence(1, light, "y"),
+        sequence(2, heavy, "x"),
+        sequence(3, high),
+    )
+    ledger = ledger_of(x, y, other, first)
+    for seq, cost in ((x, 10.0), (y, 6.0), (other, 40.0), (first, 1000.0)):
+        ledger.charge(seq, cost)
+    ledger.settle()
+    assert [seq.id for seq in sorted((x, y, other, first), key=ledger.turn)] == [3, 2, 1, 0]
+    assert ledger.turn(y)[:3] == (0, 16.0, 6.0)
+    assert ledger.turn(other)[1] == 10.0
 
 
-def test_the_queue_may_change_while_it_is_asked(residency: Residency) -> None:
-    waiting = queue_of(*(sequence(id) for id in range(5)))
-    asked = []
-    for seq in waiting.in_turn(residency, admitting=True):
-        waiting.remove(seq)
-        asked.append(seq.id)
-    assert asked == [0, 1, 2, 3, 4]
-    assert len(waiting) == 0
+def test_without_a_tenant_adapters_are_one_flow_by_arrival() -> None:
+    seqs = [sequence(i, Account(), adapter) for i, adapter in enumerate(("x", "y", "x", BASE))]
+    ledger = ledger_of(*seqs)
+    ledger.charge(seqs[0], 100.0)
+    ledger.settle()
+    assert [seq.id for seq in sorted(seqs, key=lambda seq: ledger.turn(seq))] == [0, 1, 2, 3]
+    assert not ledger.has_rivals
 
 
-def test_a_load_that_begins_meanwhile_silences_those_it_is_for(residency: Residency) -> None:
-    waiting = queue_of(sequence(0), sequence(1, "r"), sequence(2, "r"), sequence(3))
-    asked = []
-    for seq in waiting.in_turn(residency, admitting=True):
-        asked.append(seq.id)
-        if seq.id == 0:
-            residency.evict("r")
-        if seq.id == 1:
-            residency.begin_load("r")
-    assert asked == [0, 1, 3]
+def test_an_empty_ledger_remembers_nothing() -> None:
+    seqs = [sequence(i, Account(f"t{i % 3}", priority=i % 2), f"a{i}") for i in range(12)]
+    ledger = ledger_of(*seqs)
+    for seq in seqs:
+        ledger.charge(seq, 5.0)
+        ledger.leave(seq)
+    assert ledger._classes == {}
 
 
-def test_groups_know_their_oldest(residency: Residency) -> None:
-    waiting = queue_of(sequence(2, "a"), sequence(1, "a"), sequence(3))
-    oldest = waiting.oldest("a")
-    assert oldest is not None
-    assert oldest.id == 1
-    assert [seq.id for seq in waiting.group("a")] == [1, 2]
-    assert waiting.oldest("r") is None
-    assert waiting.group("r") == ()
-    assert asking(waiting, residency) == [1, 3]
+# Space
+
+A, B, LOW = Account("a"), Account("b", 2.0), Account("low", priority=-1)
+SPACE = Space(places=10, pages=100)
 
 
-def test_adapters_of_younger_requests_come_with_the_youngest_first() -> None:
-    waiting = queue_of(sequence(0, "a"), sequence(2, "b"), sequence(3, "c"), sequence(4, "b"))
-    victims = [Victim(digest, 1, 0.0) for digest in ("a", "b", "c", "d")]
-    assert [victim.adapter for victim in waiting.of_younger(sequence(1), victims)] == ["c", "b"]
-    assert waiting.of_younger(sequence(9), victims) == []
+def gives_way(
+    taker: SequenceState, running: list[SequenceState], pages: int, places: int, missing: int
+) -> list[int]:
+    chosen = who_gives_way(
+        taker,
+        running,
+        SPACE,
+        pages=pages,
+        missing_places=places,
+        missing_pages=missing,
+        freed=lambda seq: seq.blocks.num_pages,
+    )
+    return [seq.id for seq in chosen]
+
+
+def test_the_youngest_of_who_holds_more_give_way_until_it_suffices() -> None:
+    running = [sequence(i, A, pages=5) for i in range(4)]
+    assert gives_way(sequence(9, B), running, pages=8, places=0, missing=8) == [3, 2]
+    assert gives_way(sequence(9, B), running, pages=1, places=1, missing=-5) == [3]
+
+
+def test_nobody_gives_way_to_who_would_hold_as_much_or_if_it_did_not_suffice() -> None:
+    running = [sequence(0, A, pages=25), sequence(1, Account("c"), pages=15)]
+    taker = sequence(9, Account("c"))
+    assert gives_way(taker, running, pages=10, places=0, missing=4) == []
+    assert gives_way(taker, running, pages=9, places=0, missing=4) == [0]
+    assert gives_way(taker, running[:1], pages=25, places=0, missing=4) == []
+    assert gives_way(taker, running[:1], pages=19, places=0, missing=26) == []
+
+
+def test_weights_count_and_lower_classes_come_first() -> None:
+    running = [sequence(0, A, pages=12), sequence(1, B, pages=20), sequence(2, LOW, pages=1)]
+    assert gives_way(sequence(9, Account("c")), running, pages=2, places=0, missing=8) == [2, 0]
+    assert gives_way(sequence(9, LOW), running, pages=1, places=0, missing=1) == []
+
+
+def test_for_a_running_sequence_the_youngest_of_the_largest_share_of_the_lowest_class_gives_way() -> None:
+    running = [sequence(0, A, pages=9), sequence(1, A, pages=9), sequence(2, B, pages=20)]
+    assert youngest(running, SPACE).id == 1
+    assert youngest([*running, sequence(3, LOW, pages=1)], SPACE).id == 3
+
+
+# Through the scheduler
+
+
+def test_the_next_prompt_is_of_who_was_served_less() -> None:
+    driver = Driver(max_step_tokens=10, num_pages=200)
+    for i in range(3):
+        driver.add(f"a{i}", 30, max_tokens=1, account=A)
+    driver.step()
+    driver.add("c", 15, max_tokens=1, account=Account("c"))
+    assert [driver.rows(driver.plan()) for _ in range(5)] == [
+        {"c": 10},
+        {"a0": 10},
+        {"c": 5, "a0": 5},
+        {"a0": 5, "a1": 5},
+        {"a1": 10},
+    ]
+
+
+def test_a_higher_class_comes_first_and_takes_what_it_needs() -> None:
+    driver = Driver(max_running=2, num_pages=50)
+    for i in range(3):
+        driver.add(f"low {i}", 6, max_tokens=50, account=LOW)
+    driver.step()
+    driver.add("high", 6, max_tokens=3, account=Account("high"))
+    assert driver.rows(driver.plan()) == {"low 0": 1, "high": 6}
+    assert driver.scheduler.stats().preemptions == 1
+
+
+def test_who_holds_all_places_gives_one_to_another_tenant_and_gets_it_back() -> None:
+    driver = Driver(max_running=4, num_pages=100, max_model_len=200)
+    for i in range(6):
+        driver.add(f"hog {i}", 8, max_tokens=60, account=A)
+    driver.run(5)
+    driver.add("quiet", 8, max_tokens=2, account=Account("c"))
+    plan = driver.plan()
+    assert driver.rows(plan) == {"hog 0": 1, "hog 1": 1, "hog 2": 1, "quiet": 8}
+    driver.commit(plan)
+    driver.run(1)
+    plan = driver.plan()
+    chunk = driver.chunk(plan, "hog 3")
+    assert (chunk.start, len(chunk.tokens)) == (12, 1), "its pages were kept for it"
+    driver.commit(plan)
+    assert len(driver.finish()) > 0
+
+
+def test_a_new_adapter_of_a_tenant_does_not_wait_behind_all_of_its_busy_one() -> None:
+    driver = Driver(max_running=1, num_pages=100)
+    for digest in ("x", "y"):
+        driver.make_ready(digest, 2)
+    for i in range(5):
+        driver.add(f"x{i}", 8, max_tokens=2, adapter="x", account=A)
+    driver.step()
+    driver.add("y", 8, max_tokens=2, adapter="y", account=A)
+    ended = [output.request_id for output in driver.finish() if output.finish]
+    assert ended == ["x0", "y", "x1", "x2", "x3", "x4"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_service_gap_of_two_tenants_that_always_wait_is_bounded(seed: int) -> None:
+    rng = random.Random(seed)
+    places, rows, longest_answer = 6, 32, rng.choice([1, 8, 20])
+    driver = Driver(num_pages=400, max_step_tokens=rows, max_running=places, prefix_caching=False)
+    accounts = [Account(f"t{i}", rng.choice([0.5, 1.0, 2.0])) for i in range(rng.choice([2, 3, 5]))]
+    works = {BASE: 0.0, "x": 0.02}
+    driver.scheduler.register_adapter("x", 3, works["x"])
+    longest_prompt = {account.tenant: rng.choice([3, 20, 60]) for account in accounts}
+    waiting: dict[str, int] = defaultdict(int)
+    served = {account.tenant: 0.0 for account in accounts}
+    extremes: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    count = 0
+    for step in range(1500):
+        for account in accounts:
+            while waiting[account.tenant] < 8:
+                adapter = "x" if step > 10 and rng.random() < 0.5 else BASE
+                prompt, answer = (
+                    rng.randint(1, longest_prompt[account.tenant]),
+                    rng.randint(1, longest_answer),
+                )
+                driver.add(f"{account.tenant}/{count}", prompt, answer, adapter, account=account)
+                count += 1
+                waiting[account.tenant] += 1
+        plan = driver.scheduler.schedule()
+        for load in plan.loads:
+            driver.scheduler.adapter_loaded(load.digest)
+        for chunk in plan.chunks:
+            account = driver.scheduler.sequence(chunk.seq).request.account
+            cost = progress_cost(len(chunk.tokens), chunk.sample, works[chunk.adapter])
+            served[account.tenant] += cost / account.weight
+        for output in driver.commit(plan):
+            waiting[output.request_id.split("/")[0]] -= output.finish is not None
+        for a in served:
+            for b in served:
+                gap = served[a] - served[b]
+                low, high = extremes[a, b]
+                extremes[a, b] = [min(low, gap), max(high, gap)]
+    dearest = 1 + ADAPTER_PRICE * works["x"]
+    step_cost = (rows + (OUTPUT_PRICE - 1) * places) * dearest
+    answers = places * longest_answer * OUTPUT_PRICE * dearest
+    weight = min(account.weight for account in accounts)
+    bound = 2 * (step_cost + answers) / weight
+    assert max(high - low for low, high in extremes.values()) <= bound
+    assert max(served.values()) > 3 * bound, "what is bounded would be larger by chance"
+
+
+def test_prefixes_are_shared_within_a_salt_only() -> None:
+    driver = Driver()
+    prompt = tuple(range(100, 110))
+    salted = [Account("a", salt="s"), Account("b", salt="t"), Account("c", salt="s"), Account()]
+    starts = []
+    for i, account in enumerate(salted):
+        driver.add(f"r{i}", prompt, max_tokens=1, account=account)
+        plan = driver.plan()
+        starts.append(driver.chunk(plan, f"r{i}").start)
+        driver.commit(plan)
+    assert starts == [0, 0, 8, 0]
+
+
+def test_the_oldest_that_runs_gives_way_to_higher_classes_only() -> None:
+    driver = Driver(max_running=1, max_model_len=200)
+    driver.add("first", 8, max_tokens=60, account=A)
+    driver.run(3)
+    driver.add("other", 8, max_tokens=2, account=Account("c"))
+    assert driver.rows(driver.plan()) == {"first": 1}
+    driver.add("high", 8, max_tokens=2, account=Account("c", priority=1))
+    assert driver.rows(driver.plan()) == {"high": 8}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 
 from motet.errors import CapacityExceeded
@@ -162,7 +164,8 @@ def test_blocks_that_a_running_sequence_gave_back_are_found_until_they_are_evict
     driver.step()
     assert driver.scheduler.stats().cached_pages == 3
     for id, evicted, start in (("a", 0, 12), ("b", 3, 0)):
-        driver.scheduler._prefix.evict(evicted)
+        index = driver.scheduler._stage.room.prefix
+        index.evict([page for page, _ in islice(index.cheapest(), evicted)])
         driver.add(id, (*prompt[:12], 1, 2), max_tokens=1)
         plan = driver.plan()
         assert driver.chunk(plan, id).start == start
@@ -176,7 +179,8 @@ def test_a_prefix_ends_where_all_groups_still_have_what_is_read() -> None:
         driver.add(id, prompt[: {"long": 20, "short": 9}[id]], max_tokens=1)
         driver.finish()
     # The blocks of the long prompt's window were idle first, those that the short one read are idle last.
-    driver.scheduler._prefix.evict(2)
+    index = driver.scheduler._stage.room.prefix
+    index.evict([page for page, _ in islice(index.cheapest(), 2)])
     driver.add("again", prompt)
     chunk = driver.chunk(driver.plan(), "again")
     assert chunk.start == 8
@@ -185,6 +189,7 @@ def test_a_prefix_ends_where_all_groups_still_have_what_is_read() -> None:
 
 def test_a_shared_page_of_a_window_stays_with_the_other_when_one_has_passed_it() -> None:
     driver = Driver(max_step_tokens=2, groups=(FULL, WINDOW))
+    room = driver.scheduler._stage.room
     prompt = tuple(range(100, 108))
     driver.add("ahead", prompt)
     driver.run(5)
@@ -198,11 +203,14 @@ def test_a_shared_page_of_a_window_stays_with_the_other_when_one_has_passed_it()
             break
         shared = behind.pages[1][1]
         assert ahead.pages[1][1] == shared
-        held = driver.scheduler._pages.references(shared), driver.scheduler._prefix.is_idle(shared)
+        held = (
+            driver.scheduler._stage.room.pages.references(shared),
+            driver.scheduler._stage.room.prefix.is_idle(shared),
+        )
         driver.commit(plan)
     assert held == (1, False), "the one ahead gives it back with the plan in which it reads it last"
     assert behind.pages[1][1] == shared
-    assert driver.scheduler._prefix.is_idle(shared)
+    assert room.prefix.is_idle(shared)
     driver.commit(plan)
     driver.finish()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from motet.errors import CapacityExceeded, InvalidRequest
-from motet.scheduler.fairness import PATIENCE
+from motet.scheduler.waiting import PATIENCE
 from motet.types import BASE, PENDING, Plan, SeqOutput
 from tests.scheduler.driver import EOS, Driver
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from typing import ClassVar
 
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from motet.scheduler import fairness
+from motet.errors import CapacityExceeded, InvalidRequest
+from motet.scheduler import waiting
 from motet.scheduler.blocks import BlockTables, KVLayout
 from motet.scheduler.scheduler import SchedulerConfig
 from motet.scheduler.sequence import SequenceState
-from motet.types import BASE, KVGroup, SamplingParams
+from motet.types import BASE, Account, KVGroup, SamplingParams
 from tests.scheduler.simulation import EOS, VOCAB, Simulation
 
 STOP = 1
@@ -81,6 +83,16 @@ def disturb(sim: Simulation, rng: random.Random, sizes: dict[str, int]) -> None:
     sim.scheduler.check_integrity()
 
 
+def hint(sim: Simulation, rng: random.Random, sizes: dict[str, int]) -> None:
+    """Somebody prefetches or pins an adapter now and then."""
+    with suppress(InvalidRequest, CapacityExceeded):
+        if rng.random() < 0.05:
+            sim.scheduler.prefetch(rng.choice(sorted(sizes)))
+        if rng.random() < 0.05:
+            sim.scheduler.pin_adapter(rng.choice(sorted(sizes)), rng.random() < 0.5)
+    sim.scheduler.check_integrity()
+
+
 def admit_without_headroom(monkeypatch: pytest.MonkeyPatch) -> None:
     """Headroom makes preemption rare. Nothing else may depend on it."""
     monkeypatch.setattr(SequenceState, "headroom", 0)
@@ -93,7 +105,7 @@ def test_random_traffic_is_served_correctly_to_the_end(
     seed: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(fairness, "PATIENCE", rng.choice([1, 2, 4, fairness.PATIENCE]))
+    monkeypatch.setattr(waiting, "PATIENCE", rng.choice([1, 2, 4, waiting.PATIENCE]))
     if rng.random() < 0.3:
         admit_without_headroom(monkeypatch)
     config, num_pages = draw_config(rng)
@@ -112,6 +124,37 @@ def test_random_traffic_is_served_correctly_to_the_end(
             else:
                 sim.arrive(draw_prompt(rng, stems), adapter, draw_params(rng))
         disturb(sim, rng, sizes)
+        sim.step()
+    sim.drain()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(100))
+def test_tenants_are_served_correctly_to_the_end_and_share_nothing(
+    seed: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    monkeypatch.setattr(waiting, "PATIENCE", rng.choice([1, 4, waiting.PATIENCE]))
+    if rng.random() < 0.3:
+        admit_without_headroom(monkeypatch)
+    config, num_pages = draw_config(rng)
+    sim = Simulation(config, num_pages, ahead)
+    accounts = [
+        Account(f"t{i}", rng.choice([0.5, 1.0, 3.0]), rng.choice([0, 0, 0, 1]), f"salt {i}")
+        for i in range(rng.choice([2, 3, 7]))
+    ]
+    sizes = {f"adapter-{i}": rng.choice([1, 2, 3, 5, 8]) for i in range(rng.choice([1, 4, 12]))}
+    for digest, size in sizes.items():
+        sim.scheduler.register_adapter(digest, size, rng.choice([0.0, 0.01]))
+    stems = [tuple(rng.randrange(VOCAB) for _ in range(rng.choice([5, 16, 30]))) for _ in range(2)]
+    load = rng.choice([0.5, 1.0, 2.0])
+    for _ in range(250):
+        while rng.random() < load / (1 + load) and len(sim.live) < 40:
+            adapter = BASE if rng.random() < 0.5 else rng.choice(sorted(sizes))
+            account = accounts[min(rng.randrange(2 * len(accounts)), len(accounts) - 1)]
+            sim.arrive(draw_prompt(rng, stems), adapter, draw_params(rng), account)
+        disturb(sim, rng, sizes)
+        hint(sim, rng, sizes)
         sim.step()
     sim.drain()
 

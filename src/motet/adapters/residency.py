@@ -1,63 +1,58 @@
 """Which adapters are in the pool, which are on their way, and which could leave.
 
 An adapter is absent, loading or ready. Requests that have not ended *claim* it, running ones also *pin* it. A
-forgotten adapter takes no new claims, drains, and is gone with its last one. Only a ready adapter without
-pins can be evicted: nothing in use is taken, and pages that a copy is being written to stay where they are.
+forgotten adapter takes no new claims, drains, and is gone with its last one. Only a ready adapter without pins
+can be evicted: nothing in use is taken, and pages that a copy is being written to stay where they are. One without
+claims is *idle* and goes by cost; one that requests wait for is *wanted*. What an operator *keeps* is never a victim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import log
 from typing import Literal
 
+from motet.adapters.ghosts import GhostList
 from motet.memory.pages import PageAllocator
+from motet.memory.reuse import NEVER, Reuse
+from motet.memory.victims import Idle
 from motet.types import BASE, Load
 
+PAGE_COST = 0.5
+"""Of copying a page back, in times of computing the KV that fills one. 0.6 with gpt-oss-20b on an H200: 0.71 GB took
+0.2 s from the page cache, a token whose KV is 49 kB 22 µs; from pinned memory a copy takes less."""
+
 State = Literal["absent", "loading", "ready", "draining"]
-
-
-@dataclass(frozen=True, slots=True)
-class Victim:
-    """Something in the pool that nobody uses and that can be brought back.
-
-    `adapter` is a digest, or BASE for a cached prefix page.
-    """
-
-    adapter: str
-    num_pages: int
-    last_use: float
-
-
-def cost_to_lose(victim: Victim) -> float:
-    """What the system loses with this victim; the cheapest goes first.
-
-    For now recency alone, so cached prefixes and adapters form one least-recently-used order. The place to
-    weigh in pages freed, the cost to bring them back (a copy for an adapter, a prefill for KV) and how likely
-    reuse is.
-    """
-    return victim.last_use
 
 
 @dataclass(slots=True)
 class _Adapter:
     num_pages: int
+    work: float = 0.0
     state: Literal["absent", "loading", "ready"] = "absent"
     pages: tuple[int, ...] = ()
     claims: int = 0
     pins: int = 0
-    last_use: float = 0.0
+    worth: float = NEVER
     forgotten: bool = False
+    kept: bool = False
 
 
 class Residency:
     """The adapters that may be asked for, by digest. The base is one of no pages that is always ready."""
 
-    def __init__(self, pages: PageAllocator) -> None:
+    def __init__(self, pages: PageAllocator, reuse: Reuse) -> None:
         self._pages = pages
+        self._reuse = reuse
         self._adapters = {BASE: _Adapter(num_pages=0, state="ready", pins=1)}
-        self._idle: dict[str, _Adapter] = {}  # ready and unpinned, the least recently used first
-        self._num_loading = 0
+        self._idle: Idle[str] = Idle()
+        self._wanted: dict[str, None] = {}
+        self.idle_pages = 0
+        self.kept_pages = 0
+        self.num_loading = 0
+        self.loading_pages = 0
+        self.ghosts = GhostList(pages.num_pages)
         self._dropped: list[str] = []
         self.loads = 0
         self.evictions = 0
@@ -71,25 +66,38 @@ class Residency:
     def num_pages(self, digest: str) -> int:
         return self._adapters[digest].num_pages
 
+    def is_kept(self, digest: str) -> bool:
+        return self._adapters[digest].kept
+
     def is_ready(self, digest: str) -> bool:
         return self._adapters[digest].state == "ready"
+
+    def is_absent(self, digest: str) -> bool:
+        return self._adapters[digest].state == "absent"
 
     def is_loading(self, digest: str) -> bool:
         return self._adapters[digest].state == "loading"
 
     @property
     def any_loading(self) -> bool:
-        return self._num_loading > 0
+        return self.num_loading > 0
 
     @property
     def any_dropped(self) -> bool:
         """Are there adapters out of the pool that `take_dropped` has not reported yet?"""
         return bool(self._dropped)
 
-    def idle(self) -> Iterator[Victim]:
-        """Adapters that could be evicted, the least recently used first."""
-        for digest, adapter in self._idle.items():
-            yield Victim(digest, adapter.num_pages, adapter.last_use)
+    def cheapest(self) -> Iterator[tuple[str, float]]:
+        """Idle adapters with the cost to lose them, the cheapest first."""
+        return self._idle.cheapest()
+
+    def wanted(self) -> tuple[str, ...]:
+        """Adapters that could be evicted, but requests wait for them."""
+        return tuple(self._wanted)
+
+    def work(self, digest: str) -> float:
+        """What it adds to the work of a token, as a share of the base model's."""
+        return self._adapters[digest].work
 
     def states(self) -> dict[str, State]:
         """Digest → state, for statistics. A forgotten adapter is draining until its pages are back."""
@@ -97,9 +105,9 @@ class Residency:
 
     # What happens
 
-    def register(self, digest: str, num_pages: int) -> None:
+    def register(self, digest: str, num_pages: int, work: float = 0.0) -> None:
         """Requests may now ask for it; a draining one is taken back. One digest has one size, always."""
-        adapter = self._adapters.setdefault(digest, _Adapter(num_pages))
+        adapter = self._adapters.setdefault(digest, _Adapter(num_pages, work))
         assert adapter.num_pages == num_pages, f"{digest} has {adapter.num_pages} pages, not {num_pages}"
         adapter.forgotten = False
 
@@ -107,28 +115,44 @@ class Residency:
         """No new claims; it leaves with its last claim. Forgetting what is not known changes nothing."""
         if digest in self._adapters:
             assert digest != BASE
+            self.keep(digest, False)
             self._adapters[digest].forgotten = True
             self._leave_if_drained(digest)
+
+    def keep(self, digest: str, kept: bool) -> None:
+        """Never evict it, whether it is in the pool already or not; or do so again."""
+        adapter = self._adapters[digest]
+        if adapter.kept != kept:
+            adapter.kept = kept
+            self.kept_pages += adapter.num_pages if kept else -adapter.num_pages
+            self._sort(digest)
+
+    def asked(self, digest: str) -> None:
+        """A request for it came, to be counted among those that a larger or smaller pool would have served at once."""
+        if digest != BASE:
+            self.ghosts.ask(digest, self._adapters[digest].num_pages)
 
     def claim(self, digest: str) -> None:
         """One more request that has not ended needs it."""
         self._adapters[digest].claims += 1
+        self._sort(digest)
 
     def unclaim(self, digest: str) -> None:
         self._adapters[digest].claims -= 1
+        self._sort(digest)
         self._leave_if_drained(digest)
 
     def pin(self, digest: str) -> None:
         """One more running sequence computes with it."""
         assert self.is_ready(digest), f"{digest} is not ready"
         self._adapters[digest].pins += 1
-        self._idle.pop(digest, None)
+        self._sort(digest)
 
-    def unpin(self, digest: str, now: float) -> None:
+    def unpin(self, digest: str) -> None:
         adapter = self._adapters[digest]
         adapter.pins -= 1
-        if adapter.pins == 0:
-            self._rest(digest, now)
+        adapter.worth = self._reuse.used(adapter.worth, adapter.num_pages)
+        self._sort(digest)
 
     def begin_load(self, digest: str) -> Load:
         """Take its pages, which the caller has made sure are free; they stay put until the load ends."""
@@ -136,23 +160,28 @@ class Residency:
         assert adapter.state == "absent", f"{digest} is {adapter.state}"
         adapter.state = "loading"
         adapter.pages = self._pages.alloc(adapter.num_pages, "adapter")
-        self._num_loading += 1
+        self.num_loading += 1
+        self.loading_pages += adapter.num_pages
         return Load(digest, adapter.pages)
 
-    def loaded(self, digest: str, now: float) -> None:
-        """The copy is complete."""
-        self._end_load(digest).state = "ready"
+    def loaded(self, digest: str) -> None:
+        """The copy is complete. Having been wanted counts as a use, if nobody is left who will use it."""
+        adapter = self._end_load(digest)
+        adapter.state = "ready"
+        if not adapter.claims:
+            adapter.worth = self._reuse.used(adapter.worth, adapter.num_pages)
         self.loads += 1
-        self._rest(digest, now)
+        self._sort(digest)
         self._leave_if_drained(digest)
 
     def failed(self, digest: str) -> None:
         """The copy failed and writes no more: absent again, and the next request may try anew."""
-        self._give_up_pages(self._end_load(digest))
+        self._end_load(digest)
+        self._give_up_pages(digest)
         self._leave_if_drained(digest)
 
     def evict(self, digest: str) -> None:
-        """Take the pages of an idle adapter; it stays known."""
+        """Take the pages of an idle or wanted adapter; it stays known."""
         self.evictions += 1
         self._drop(digest)
 
@@ -161,24 +190,40 @@ class Residency:
         dropped, self._dropped = tuple(self._dropped), []
         return dropped
 
-    def _rest(self, digest: str, now: float) -> None:
-        self._adapters[digest].last_use = now
-        self._idle[digest] = self._adapters[digest]
+    def _sort(self, digest: str) -> None:
+        """Put it where it belongs: among the idle, among the wanted, or neither."""
+        adapter = self._adapters[digest]
+        evictable = adapter.state == "ready" and not adapter.pins and not adapter.kept
+        if digest in self._idle:
+            if evictable and not adapter.claims:
+                return
+            self._idle.remove(digest)
+            self.idle_pages -= adapter.num_pages
+        elif evictable and not adapter.claims:
+            self._idle.add(digest, adapter.worth + log(PAGE_COST))
+            self.idle_pages += adapter.num_pages
+        self._wanted.pop(digest, None)
+        if evictable and adapter.claims:
+            self._wanted[digest] = None
 
     def _end_load(self, digest: str) -> _Adapter:
         adapter = self._adapters[digest]
         assert adapter.state == "loading", f"{digest} is {adapter.state}"
-        self._num_loading -= 1
+        self.num_loading -= 1
+        self.loading_pages -= adapter.num_pages
         return adapter
 
     def _drop(self, digest: str) -> None:
-        self._give_up_pages(self._idle.pop(digest))
+        assert digest in self._idle or digest in self._wanted, f"{digest} is in use"
+        self._give_up_pages(digest)
         self._dropped.append(digest)
 
-    def _give_up_pages(self, adapter: _Adapter) -> None:
+    def _give_up_pages(self, digest: str) -> None:
+        adapter = self._adapters[digest]
         self._pages.release(adapter.pages)
         adapter.pages = ()
         adapter.state = "absent"
+        self._sort(digest)
 
     def _leave_if_drained(self, digest: str) -> None:
         adapter = self._adapters[digest]
@@ -199,14 +244,17 @@ class Residency:
         pages = [page for adapter in self._adapters.values() for page in adapter.pages]
         assert len(set(pages)) == len(pages) == self._pages.held("adapter")
         assert all(self._pages.references(page) == 1 for page in pages)
-        assert self._num_loading == sum(a.state == "loading" for a in self._adapters.values())
+        assert self.kept_pages == sum(a.num_pages for a in self._adapters.values() if a.kept)
+        assert self.idle_pages == sum(self._adapters[digest].num_pages for digest in self._idle)
+        loading = [a.num_pages for a in self._adapters.values() if a.state == "loading"]
+        assert (self.num_loading, self.loading_pages) == (len(loading), sum(loading))
         for digest, adapter in self._adapters.items():
             assert len(adapter.pages) == (0 if adapter.state == "absent" else adapter.num_pages), digest
             assert adapter.pins <= adapter.claims + (digest == BASE), f"{digest}: {adapter}"
             assert adapter.pins == 0 or adapter.state == "ready", f"{digest}: {adapter}"
-            assert (digest in self._idle) == (adapter.state == "ready" and adapter.pins == 0), (
-                f"{digest}: {adapter}"
-            )
+            evictable = adapter.state == "ready" and adapter.pins == 0 and not adapter.kept
+            assert (digest in self._idle) == (evictable and not adapter.claims), f"{digest}: {adapter}"
+            assert (digest in self._wanted) == (evictable and adapter.claims > 0), f"{digest}: {adapter}"
             assert not adapter.forgotten or adapter.claims or adapter.state == "loading", (
                 f"{digest}: {adapter}"
             )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from motet.adapters.residency import Victim
 from motet.errors import CapacityExceeded, InvalidRequest
-from motet.types import Request
+from motet.types import BASE, Request
 
 
 def pages_for(num_tokens: int, page_tokens: int) -> int:
@@ -34,42 +34,45 @@ def check_length(request: Request, max_model_len: int) -> None:
         )
 
 
-def check_capacity(kv_pages: int, adapter_pages: int, num_pages: int) -> None:
-    """Raise CapacityExceeded for a request that would not fit alone, at full length with its adapter."""
-    if kv_pages + adapter_pages > num_pages:
+def check_capacity(kv_pages: int, adapter_pages: int, num_pages: int, pinned_pages: int = 0) -> None:
+    """Raise CapacityExceeded for a request that would not fit alone, at full length with its adapter.
+
+    `pinned_pages` are those of other adapters that are never evicted.
+    """
+    if kv_pages + adapter_pages + pinned_pages > num_pages:
+        pinned = f", {pinned_pages} of them for pinned adapters" if pinned_pages else ""
         raise CapacityExceeded(
             f"the request needs up to {kv_pages} pages of KV cache and {adapter_pages} for its adapter, "
-            f"the pool has {num_pages}"
+            f"the pool has {num_pages}{pinned}"
         )
 
 
-def choose_victims(victims: Iterable[Victim], shortfall: int, headroom: int) -> tuple[Victim, ...] | None:
-    """The first victims that together free `shortfall` pages, or None if all of them do not.
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """Something in the pool that nobody uses: a page of a cached prefix, or an adapter."""
 
-    None too if they would not leave `headroom` more pages that are free or could be freed. Headroom is what
-    running sequences may soon ask for: to admit without it is to preempt soon after. (Simulated with 500 requests
-    and room for about 30: 20 preemptions instead of 440, 24 % fewer tokens computed.)
+    num_pages: int
+    adapter: str = BASE
+    page: int = -1
+
+
+def choose_victims(victims: Iterable[Victim], shortfall: int) -> tuple[Victim, ...]:
+    """The first victims that together free `shortfall` pages, or all if they do not, without needless ones.
+
+    A victim is needless if a larger one after it frees enough without it; of these the dearest is spared first.
     """
-    chosen = []
+    chosen: list[Victim] = []
     freed = 0
-    if freed >= shortfall + headroom:
-        return ()
-    for victim in victims:
-        if freed < shortfall:
+    if freed < shortfall:
+        for victim in victims:
             chosen.append(victim)
-        freed += victim.num_pages
-        if freed >= shortfall + headroom:
-            return without_needless(chosen, shortfall)
-    return None
-
-
-def without_needless(chosen: list[Victim], shortfall: int) -> tuple[Victim, ...]:
-    """Spare those that a larger one after them has made needless, the dearest first."""
-    excess = sum(victim.num_pages for victim in chosen) - shortfall
+            freed += victim.num_pages
+            if freed >= shortfall:
+                break
     needed = []
     for victim in reversed(chosen):
-        if victim.num_pages <= excess:
-            excess -= victim.num_pages
+        if victim.num_pages <= freed - shortfall:
+            freed -= victim.num_pages
         else:
             needed.append(victim)
     return tuple(reversed(needed))

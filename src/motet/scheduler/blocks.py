@@ -77,6 +77,11 @@ class BlockTables:
         """The pages it has, by block and then by group."""
         return [page for row in zip_longest(*self.tables, fillvalue=GONE) for page in row if page != GONE]
 
+    @property
+    def num_pages(self) -> int:
+        """How many pages it has."""
+        return sum(map(len, self.tables)) - sum(self._first)
+
     def lacking(self, known: int, end: int) -> int:
         """How many pages it must take to compute its tokens before `end`."""
         if end <= self.num_tokens:  # most decode rows; the loop takes 1 µs

@@ -1,99 +1,240 @@
-"""Who is next? The oldest, for now; served cost per tenant (a virtual token counter) will change `in_turn`.
+"""Who is next, and who gives way: fair shares of time by counters, fair shares of space by what is held.
 
-Order is a preference, not a gate: a request that lacks pages, or whose adapter is not there yet, is passed by
-the ones behind it. For lack of pages only PATIENCE times, so that a large request is not starved by a stream
-of small ones.
+Time. Each tenant has a virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", 2024): the
+cost of what it was served, divided by its weight. Of those who want something the tenant with the lowest counter comes
+first, and within a tenant the adapter with the lowest. A higher priority class always comes first. Nobody is held back
+while there is room, so the device is never idle for fairness' sake. Requests without a tenant are not told apart:
+all of them are one flow in the order of arrival, as are those of one tenant with one adapter.
+
+Bound on the service gap. While two tenants of a class both have a request that waits for its turn or a place, and not
+for pages or a copy, what they are served in any interval, divided by their weights, differs by at most
+
+    2 · (S + R) / the lower weight,
+
+S being the most that a step can cost and R what the sequences that run at a time may still cost. For a tenant is given
+prompt tokens only while its counter is the lowest of these; a step's charges count from the next step on (S), and who
+runs is decoded to the end whatever its counter (R).
+
+Space. When a request in its turn lacks a place or pages, sequences of lower classes give way, then those of tenants
+whose turn is later and that hold more than it would: of the tenant with the largest dominant share (Ghodsi et al.,
+"Dominant Resource Fairness", 2011) of places and pages, divided by its weight. Each time the larger of two shares
+becomes smaller than it was, so two tenants cannot take the same room from each other in turn.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
-from heapq import merge
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
-from motet.adapters.residency import Residency, Victim
 from motet.scheduler.sequence import SequenceState
+from motet.types import Account
 
-PATIENCE = 16  # schedule calls; at 20–50 ms a step, under a second
+Turn = tuple[int, float, float, float, int]
+"""Sorts who comes first: class, counter of the tenant, counter of its adapter, arrival, id."""
 
-
-def by_seniority(seq: SequenceState) -> tuple[float, int]:
-    return seq.seniority
-
-
-def position(queue: list[SequenceState], seq: SequenceState) -> int:
-    """Where `seq` is in a queue sorted by seniority."""
-    return bisect_left(queue, seq.seniority, key=by_seniority)
+_REMEMBERED = 256  # counters of those who left that are not worth a clean-up
 
 
-class WaitingQueue:
-    """Sequences that hold no pages, grouped by adapter, each group the oldest first."""
+class Counters:
+    """Virtual token counters by name, of those who have work ("active") and of those ahead of them who left.
+
+    What is charged counts after `settle`, in `settled`. Whoever becomes active is lifted to the lowest counter of the
+    active ones: nobody saves up turns by being away. Charges of the last step do not count in this, as the newcomer had
+    no part in it; so it comes before those who were served in it.
+    """
 
     def __init__(self) -> None:
-        self._groups: dict[str, list[SequenceState]] = {}
-        self._starving: list[SequenceState] = []
+        self.settled: dict[str, float] = {}
+        self._active: dict[str, int] = {}
+        self._pending: dict[str, float] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._groups.values()))
+        """How many are active."""
+        return len(self._active)
 
-    def __iter__(self) -> Iterator[SequenceState]:
-        for group in self._groups.values():
-            yield from group
+    def enter(self, name: str) -> None:
+        """It has one more request."""
+        if name not in self._active:
+            self.settled[name] = max(self.settled.get(name, 0.0), self._level())
+            self._active[name] = 0
+        self._active[name] += 1
 
-    def push(self, seq: SequenceState) -> None:
-        seq.passed = 0
-        insort(self._groups.setdefault(seq.adapter, []), seq, key=by_seniority)
+    def leave(self, name: str) -> None:
+        """It has one request less."""
+        self._active[name] -= 1
+        if not self._active[name]:
+            del self._active[name]
+            if len(self.settled) > 2 * len(self._active) + _REMEMBERED:
+                self._forget()
 
-    def remove(self, seq: SequenceState) -> None:
-        group = self._groups[seq.adapter]
-        del group[position(group, seq)]
-        if not group:
-            del self._groups[seq.adapter]
-        if seq in self._starving:
-            self._starving.remove(seq)
+    def charge(self, name: str, cost: float) -> None:
+        self._pending[name] = self._pending.get(name, 0.0) + cost
 
-    def group(self, adapter: str) -> tuple[SequenceState, ...]:
-        return tuple(self._groups.get(adapter, ()))
+    def settle(self) -> None:
+        """Count what was charged."""
+        for name, cost in self._pending.items():
+            if name in self.settled:
+                self.settled[name] += cost
+        self._pending.clear()
 
-    def oldest(self, adapter: str) -> SequenceState | None:
-        group = self._groups.get(adapter)
-        return group[0] if group else None
+    def _level(self) -> float:
+        return min((self.settled[name] for name in self._active), default=0.0)
 
-    def in_turn(self, residency: Residency, admitting: bool) -> Iterator[SequenceState]:
-        """Who may ask for pages now, in turn; the queue may change meanwhile.
+    def _forget(self) -> None:
+        """Those who are gone and would be lifted anyway."""
+        level = self._level()
+        self.settled = {
+            name: counter
+            for name, counter in self.settled.items()
+            if name in self._active or counter + self._pending.get(name, 0.0) > level
+        }
 
-        Of the requests for an absent adapter the first asks for all, since they share one load; while it
-        loads, they ask for nothing. Requests whose adapter is ready ask only if `admitting`. Nobody asks
-        before a starving one.
-        """
-        asking = []
-        for adapter, group in self._groups.items():
-            if residency.is_ready(adapter):
-                if admitting:
-                    asking.append(group.copy())
-            else:
-                asking.append(group[:1])
-        limit = min(
-            (s.seniority for s in self._starving if not residency.is_loading(s.adapter)), default=None
-        )
-        for seq in merge(*asking, key=by_seniority):
-            if limit is not None and seq.seniority > limit:
-                return
-            if not residency.is_loading(seq.adapter):
-                yield seq
 
-    def pass_over(self, seq: SequenceState) -> None:
-        """It asked and there were not enough pages."""
-        seq.passed += 1
-        if seq.passed == PATIENCE:
-            self._starving.append(seq)
+@dataclass(slots=True)
+class _Class:
+    """A priority class: its tenants, and the adapters of those tenants that are told apart."""
 
-    def is_starving(self, seq: SequenceState) -> bool:
-        """Has it been passed over so often that those behind it must wait?"""
-        return seq.passed >= PATIENCE
+    tenants: Counters = field(default_factory=Counters)
+    adapters: dict[str, Counters] = field(default_factory=dict)
 
-    def of_younger(self, taker: SequenceState, adapters: Iterable[Victim]) -> list[Victim]:
-        """Those of the adapters for which only requests younger than `taker` wait, the youngest's first."""
-        waiters = ((victim, self.oldest(victim.adapter)) for victim in adapters)
-        younger = [(v, w.seniority) for v, w in waiters if w is not None and w.seniority > taker.seniority]
-        return [victim for victim, _ in sorted(younger, key=lambda pair: pair[1], reverse=True)]
+
+class Ledger:
+    """The counters of all classes."""
+
+    def __init__(self) -> None:
+        self._classes: dict[int, _Class] = {}
+
+    @property
+    def has_rivals(self) -> bool:
+        """Is there more than one tenant or class with requests?"""
+        return len(self._classes) > 1 or any(len(each.tenants) > 1 for each in self._classes.values())
+
+    def enter(self, seq: SequenceState) -> None:
+        """A request came."""
+        account = seq.request.account
+        found = self._classes.setdefault(account.priority, _Class())
+        found.tenants.enter(account.tenant)
+        if account.tenant:
+            found.adapters.setdefault(account.tenant, Counters()).enter(seq.adapter)
+
+    def leave(self, seq: SequenceState) -> None:
+        """A request ended. A class or a tenant's adapters of which none is left start anew."""
+        account = seq.request.account
+        found = self._classes[account.priority]
+        if account.tenant:
+            adapters = found.adapters[account.tenant]
+            adapters.leave(seq.adapter)
+            if not adapters:
+                del found.adapters[account.tenant]
+        found.tenants.leave(account.tenant)
+        if not found.tenants:
+            del self._classes[account.priority]
+
+    def charge(self, seq: SequenceState, cost: float) -> None:
+        account = seq.request.account
+        tenant = account.tenant
+        found = self._classes[account.priority]
+        found.tenants.charge(tenant, cost / account.weight)
+        if tenant:
+            found.adapters[tenant].charge(seq.request.adapter, cost)
+
+    def settle(self) -> None:
+        """Count what was charged since the last call."""
+        for found in self._classes.values():
+            found.tenants.settle()
+            for adapters in found.adapters.values():
+                adapters.settle()
+
+    def turn(self, seq: SequenceState) -> Turn:
+        request = seq.request
+        account = request.account
+        tenant = account.tenant
+        found = self._classes[account.priority]
+        adapter = found.adapters[tenant].settled[request.adapter] if tenant else 0.0
+        return -account.priority, found.tenants.settled[tenant], adapter, request.arrival, seq.id
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What sequences share: places in the batch and pages of the pool."""
+
+    places: int
+    pages: int
+
+
+class _Holder:
+    """The running sequences of one tenant in one class, by seniority, and what they hold."""
+
+    def __init__(self, account: Account) -> None:
+        self.account = account
+        self.sequences: list[SequenceState] = []
+        self.pages = 0
+
+    def share(self, space: Space, places: int = 0, pages: int = 0) -> float:
+        """Its dominant share, with so much more."""
+        held = (len(self.sequences) + places) / space.places, (self.pages + pages) / space.pages
+        return max(held) / self.account.weight
+
+
+def youngest(running: Iterable[SequenceState], space: Space) -> SequenceState:
+    """Who gives way to a running sequence: of the lowest class, and in it of the largest share, the youngest."""
+    holders = _holders(running).values()
+    lowest = min(holder.account.priority for holder in holders)
+    largest = max(
+        (holder for holder in holders if holder.account.priority == lowest),
+        key=lambda holder: holder.share(space),
+    )
+    return largest.sequences[-1]
+
+
+def top_of(running: Iterable[SequenceState], space: Space) -> tuple[int, float]:
+    """The lowest class that runs, and the largest share of a tenant."""
+    holders = _holders(running).values()
+    lowest = min((holder.account.priority for holder in holders), default=sys.maxsize)
+    return lowest, max((holder.share(space) for holder in holders), default=0.0)
+
+
+def who_gives_way(
+    taker: SequenceState,
+    running: Iterable[SequenceState],
+    space: Space,
+    *,
+    pages: int,
+    missing_places: int,
+    missing_pages: int,
+    freed: Callable[[SequenceState], int],
+) -> list[SequenceState]:
+    """Running sequences to preempt so that `taker` has its place and its `pages`: what is missing of them.
+
+    None of them if those who must give way do not suffice; `freed` says how many pages come back with one.
+    """
+    holders = _holders(running)
+    account = taker.request.account
+    own = holders.get((account.priority, account.tenant)) or _Holder(account)
+    chosen: list[SequenceState] = []
+    while missing_places > len(chosen) or missing_pages > 0:
+        rivals = [h for h in holders.values() if h.sequences and _must_give_way(h, own, space, pages)]
+        if not rivals:
+            return []
+        rival = max(rivals, key=lambda holder: (-holder.account.priority, holder.share(space)))
+        chosen.append(rival.sequences.pop())
+        rival.pages -= chosen[-1].blocks.num_pages
+        missing_pages -= freed(chosen[-1])
+    return chosen
+
+
+def _must_give_way(holder: _Holder, taker: _Holder, space: Space, pages: int) -> bool:
+    if holder.account.priority != taker.account.priority:
+        return holder.account.priority < taker.account.priority
+    return holder is not taker and holder.share(space) > taker.share(space, 1, pages)
+
+
+def _holders(running: Iterable[SequenceState]) -> dict[tuple[int, str], _Holder]:
+    holders: dict[tuple[int, str], _Holder] = {}
+    for seq in running:
+        account = seq.request.account
+        holder = holders.setdefault((account.priority, account.tenant), _Holder(account))
+        holder.sequences.append(seq)
+        holder.pages += seq.blocks.num_pages
+    return holders

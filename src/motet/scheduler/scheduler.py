@@ -3,37 +3,40 @@
 `schedule` decides and reserves, the engine executes the plan, `commit` takes its results; nothing here
 touches a tensor, so that thousands of steps can be simulated on a CPU.
 
-Seniority, the order of arrival, settles every conflict over pages:
+Whose turn it is to ask for rows, a place or pages is decided by `fairness`: with one tenant, by the order of arrival.
+Conflicts over pages are settled thus:
 
 - What nobody uses goes first: cached prefix pages and idle adapters that no request waits for, by
-  `cost_to_lose`.
-- Then idle adapters that only younger requests wait for; a running sequence may take these, a waiting one
-  only if it is starving or nothing else goes on.
-- Then the youngest running sequence is preempted: it loses its pages, keeps its tokens, and computes them
-  again. A prompt that can have pages for some of its tokens computes these rather than preempt anyone.
+  what it costs to lose them.
+- Then idle adapters that only requests whose turn is later wait for; a running sequence may take these, a
+  waiting one only if it is starving or nothing else goes on.
+- Then a running sequence is preempted: it loses its pages, keeps its tokens, and computes them again. For one that
+  runs, the youngest of the tenant that holds most gives way; for one that waits, only who holds more than its share
+  or is of a lower class. A prompt that can have pages for some of its tokens computes these rather than preempt anyone.
 
-So the oldest request always makes progress, and `add` has made sure that it fits alone.
+So the oldest request of the highest class makes progress, and `add` has made sure that it fits alone: while it waits,
+whoever is served before it is charged, also for what is computed or loaded again, until it is its turn; once it runs
+it is not preempted, and may take what the younger wait for; if nothing else goes on, it comes first.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import merge
+from itertools import chain
 
-from motet.adapters.residency import Residency, Victim, cost_to_lose
 from motet.errors import AdapterLoadFailed, InvalidRequest
-from motet.memory.pages import PageAllocator
-from motet.memory.prefix import PrefixIndex, extend_keys
-from motet.scheduler.admission import check_capacity, check_length, choose_victims
-from motet.scheduler.blocks import GONE, BlockTables, KVLayout, Tables
-from motet.scheduler.fairness import WaitingQueue, by_seniority, position
+from motet.scheduler.admission import check_capacity, check_length
+from motet.scheduler.blocks import BlockTables, KVLayout
+from motet.scheduler.cost import load_cost, progress_cost
+from motet.scheduler.fairness import youngest
 from motet.scheduler.sequence import SequenceState
+from motet.scheduler.stage import Stage
 from motet.scheduler.step import Step
-from motet.types import BASE, Chunk, EngineStats, KVGroup, Plan, Request, Sampled, SeqOutput
+from motet.types import Chunk, EngineStats, KVGroup, Plan, Request, Sampled, SeqOutput
 
+LOADS = 2  # copies that may always be under way, so that one can follow on the other between two steps
 LOOKAHEAD = 32  # requests that may lack pages before `schedule` stops asking; bounds its time in a long queue
 
 
@@ -64,25 +67,23 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, num_pages: int) -> None:
         self._config = config
         self._layout = KVLayout(config.kv_groups, config.page_tokens, config.max_step_tokens)
-        self._pages = PageAllocator(num_pages)
-        self._prefix = PrefixIndex(self._pages, config.kv_groups, config.page_tokens)
-        self._residency = Residency(self._pages)
-        self._waiting = WaitingQueue()
-        self._running: list[SequenceState] = []  # the oldest first
+        self._stage = Stage(self._layout, num_pages, config.max_running, config.prefix_caching)
+        self._residency = self._stage.room.residency
+        self._waiting = self._stage.waiting
         self._by_request: dict[str, SequenceState] = {}
         self._by_id: dict[int, SequenceState] = {}
         self._next_id = 0
-        self._now = 0.0
         self._steps = 0
-        self._preemptions = 0
-        self._prefix_hits = 0
-        self._prefix_queries = 0
+        self._hints: dict[str, None] = {}
 
     # Adapters
 
-    def register_adapter(self, digest: str, num_pages: int) -> None:
-        """Accept requests for this digest from now on; loaded it takes `num_pages` pages."""
-        self._residency.register(digest, num_pages)
+    def register_adapter(self, digest: str, num_pages: int, work: float = 0.0) -> None:
+        """Accept requests for this digest from now on; loaded it takes `num_pages` pages.
+
+        `work` is what it adds to a token's work, as a share of the base model's: see `cost.progress_cost`.
+        """
+        self._residency.register(digest, num_pages, work)
 
     def forget_adapter(self, digest: str) -> None:
         """Refuse new requests for it. Those accepted finish first, then its pages return.
@@ -92,9 +93,28 @@ class Scheduler:
         """
         self._residency.forget(digest)
 
+    def pin_adapter(self, digest: str, pinned: bool) -> None:
+        """Never evict it, whether it is in the pool already or not; or do so again.
+
+        Raises InvalidRequest if it is not registered, CapacityExceeded if pinned adapters would take too much.
+        """
+        self._require(digest)
+        if pinned:
+            self._stage.check_pin(digest)
+        self._residency.keep(digest, pinned)
+
+    def prefetch(self, digest: str) -> None:
+        """Load it with the next plan, if there is room by then that nobody wants. It is tried once.
+
+        Raises InvalidRequest if it is not registered.
+        """
+        self._require(digest)
+        if self._residency.is_absent(digest):
+            self._hints[digest] = None
+
     def adapter_loaded(self, digest: str) -> None:
         """The copy that a plan's load began is complete."""
-        self._residency.loaded(digest, self._now)
+        self._residency.loaded(digest)
 
     def adapter_failed(self, digest: str, reason: str) -> list[SeqOutput]:
         """The copy failed and writes no more: end the requests that wait for it. Later ones try again."""
@@ -116,18 +136,21 @@ class Scheduler:
         check_length(request, self._config.max_model_len)
         if request.id in self._by_request:
             raise InvalidRequest(f"a request with the id {request.id!r} is in flight", param="id")
-        if not self._residency.accepts(request.adapter):
-            raise InvalidRequest(
-                f"no adapter with the digest {request.adapter!r} is registered", param="model"
-            )
+        self._require(request.adapter)
         seq = SequenceState.of(self._next_id, request, self._layout)
-        check_capacity(seq.max_pages, self._residency.num_pages(request.adapter), self._pages.num_pages)
+        adapter_pages = self._residency.num_pages(request.adapter)
+        pinned_pages = self._residency.kept_pages - adapter_pages * self._residency.is_kept(request.adapter)
+        check_capacity(seq.max_pages, adapter_pages, self._stage.space.pages, pinned_pages)
+        self._residency.asked(request.adapter)
         self._next_id += 1
         self._by_request[request.id] = seq
         self._by_id[seq.id] = seq
-        self._residency.claim(request.adapter)
-        self._waiting.push(seq)
+        self._stage.enter(seq)
         return seq.id
+
+    def _require(self, digest: str) -> None:
+        if not self._residency.accepts(digest):
+            raise InvalidRequest(f"no adapter with the digest {digest!r} is registered", param="model")
 
     def abort(self, request_id: str) -> SeqOutput | None:
         """End a request now and free its pages; None if there is no such request (any more)."""
@@ -139,8 +162,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Does anyone wait or run, or has the next plan evictions to report?"""
-        return bool(self._by_request) or self._residency.any_dropped
+        """Does anyone wait or run, or has the next plan evictions to report or a prefetch to try?"""
+        return bool(self._by_request or self._hints) or self._residency.any_dropped
 
     def sequence(self, seq: int) -> SequenceState:
         """The state of a sequence in flight, to be read only."""
@@ -148,26 +171,31 @@ class Scheduler:
 
     # The step
 
-    def schedule(self, now: float) -> Plan:
-        """Decide the next step: decode rows, then prefill of running sequences, then who waits.
+    def schedule(self) -> Plan:
+        """Decide the next step: decode rows, then prompts in turn, of running sequences and of who waits.
 
-        Bound on waiting: a request that lacks pages is passed over by younger ones in fewer than PATIENCE
-        calls. From then on nobody younger is given pages before it, so that it gets in at the latest when the
-        at most `max_running` sequences running at that time, and the older requests, have ended and the loads
-        under way are done: in each call the oldest of these computes a token or gives way to an older one.
+        Bound on waiting: a request that lacks pages is passed over by those behind it in fewer than PATIENCE
+        calls. From then on nobody behind it is given pages before it, so that it gets in at the latest when
+        those before it and the at most `max_running` sequences running at that time have ended or given way, and
+        the loads under way are done. Each row and each load is charged, so that those before it become
+        those behind it: a tenant's oldest request waits for no more than the service gap of `fairness`.
         """
-        self._now = now
+        self._stage.ledger.settle()
+        self._stage.copies.settle()
         step = Step(self._config.max_step_tokens)
-        self._serve_running(step)
-        self._serve_waiting(step)
+        self._serve_decode(step)
+        self._serve_prompts(step)
+        if self._waiting and self._stage.is_stuck:
+            self._serve_waiting(self._waiting.oldest(), step)
+        self._serve_hints(step)
         plan = step.plan(evictions=self._residency.take_dropped())
         for chunk in plan.chunks:
             self._advance(self._by_id[chunk.seq], chunk)
+        self._charge(plan)
         return plan
 
-    def commit(self, plan: Plan, sampled: Sequence[Sampled], now: float) -> list[SeqOutput]:
+    def commit(self, plan: Plan, sampled: Sequence[Sampled]) -> list[SeqOutput]:
         """Take the results of an executed plan: one sampled token for each of its chunks with `sample`."""
-        self._now = now
         self._steps += bool(plan.chunks)
         outputs: list[SeqOutput] = []
         for sample in sampled:
@@ -175,7 +203,7 @@ class Scheduler:
             if seq is None:
                 continue
             outputs.append(seq.append(sample, self._config.eos_token_ids))
-            self._index_full_blocks(seq)
+            self._stage.index_full_blocks(seq)
             if outputs[-1].finish is not None:
                 self._leave(seq)
         return outputs
@@ -184,227 +212,182 @@ class Scheduler:
         """Count a planned chunk as computed."""
         seq.computed = chunk.start + len(chunk.tokens)
         seq.pending += chunk.sample
-        self._index_full_blocks(seq)
-        if unread := seq.blocks.drop_unread(seq.computed):
-            self._prefix.release(unread, self._now)
+        self._stage.index_full_blocks(seq)
+        self._stage.drop_unread(seq)
 
-    def _serve_running(self, step: Step) -> None:
-        """A row for each sequence past its prompt, then what rows are left to prompts; the oldest first."""
-        for prefill in (False, True):
-            for seq in tuple(self._running):
-                if (
-                    step.budget > 0
-                    and seq.is_running
-                    and (seq.remaining > 1) == prefill
-                    and not seq.is_complete
-                ):
-                    self._continue(seq, step)
+    def _charge(self, plan: Plan) -> None:
+        """Charge for the plan's chunks: once for each flow, as most steps have many rows of few."""
+        flows: dict[tuple[int, str, str], tuple[SequenceState, int, int]] = {}
+        for chunk in plan.chunks:
+            seq = self._by_id[chunk.seq]
+            _, tokens, chosen = flows.get(seq.flow, (seq, 0, 0))
+            flows[seq.flow] = seq, tokens + len(chunk.tokens), chosen + chunk.sample
+        for seq, tokens, chosen in flows.values():
+            work = self._residency.work(seq.adapter)
+            self._stage.ledger.charge(seq, progress_cost(tokens, chosen, work))
 
-    def _serve_waiting(self, step: Step) -> None:
-        """Give each in turn what it needs next, its adapter or its place; pass it over for lack of pages."""
-        if not self._waiting:
-            return
-        step.headroom = sum(seq.headroom for seq in self._running)
-        lacking = 0
-        for seq in self._waiting.in_turn(self._residency, admitting=self._has_place(step)):
-            if seq.pending:  # preempted a moment ago; its last token is not known yet
-                continue
-            if not self._residency.is_ready(seq.adapter):
-                served = self._begin_load(seq, step)
-            elif self._has_place(step):
-                served = self._admit(seq, step)
-            else:
+    def _serve_decode(self, step: Step) -> None:
+        """A row for each sequence past its prompt, by seniority."""
+        for seq in tuple(self._stage.running):
+            if step.budget > 0 and seq.is_running and seq.remaining == 1 and not seq.is_complete:
+                self._continue(seq, step)
+
+    def _serve_prompts(self, step: Step) -> None:
+        """The rows that are left, in turn; of one flow those that run come first."""
+        turn = self._stage.ledger.turn
+        prompts = [seq for seq in self._stage.running if seq.remaining > 1 and not seq.is_complete]
+        asking = self._waiting.in_turn(
+            self._residency, lambda seq: self._may_run(seq, step), not self.is_loader_busy
+        )
+        asker = None
+        if self._stage.ledger.has_rivals:
+            prompts.sort(key=turn)
+            asker = next(asking, None)
+        for prompt in prompts:
+            while asker is not None and turn(asker)[:3] < turn(prompt)[:3]:
+                if not self._serve_waiting(asker, step):
+                    asking.close()
+                asker = next(asking, None)
+            if step.budget > 0 and prompt.is_running:
+                self._continue(prompt, step)
+        for seq in asking if asker is None else chain((asker,), asking):
+            if not self._serve_waiting(seq, step):
                 return
-            if not served:
-                self._waiting.pass_over(seq)
-                lacking += 1
-                if self._waiting.is_starving(seq) or lacking == LOOKAHEAD:
-                    return
 
-    def _has_place(self, step: Step) -> bool:
-        return step.budget > 0 and len(self._running) < self._config.max_running
+    def _serve_waiting(self, seq: SequenceState, step: Step) -> bool:
+        """Give it what it needs next, its adapter or its place. False if nobody more may ask."""
+        if seq.pending:  # preempted a moment ago; its last token is not known yet
+            return True
+        if not self._residency.is_ready(seq.adapter):
+            served = self.is_loader_busy or self._begin_load(seq, step)
+        elif self._may_run(seq, step):
+            served = self._admit(seq, step) or not self._stage.has_place
+        else:
+            return True
+        if served:
+            return True
+        self._waiting.pass_over(seq)
+        step.lacking += 1
+        return not self._waiting.is_starving(seq) and step.lacking < LOOKAHEAD
+
+    def _serve_hints(self, step: Step) -> None:
+        """Load what is only expected to be wanted, if nobody else lacks room."""
+        for digest in self._hints:
+            if not self._residency.accepts(digest) or not self._residency.is_absent(digest):
+                continue
+            pages = self._residency.num_pages(digest)
+            if (
+                step.lacking
+                or self.is_loader_busy
+                or self._stage.room.missing(pages + self._stage.headroom(step)) > 0
+            ):
+                break
+            self._stage.room.make(pages)
+            step.loads.append(self._residency.begin_load(digest))
+        self._hints.clear()
+
+    def _may_run(self, seq: SequenceState, step: Step) -> bool:
+        """Are there rows left, and a place or somebody who might give way?"""
+        if step.budget <= 0:
+            return False
+        return self._stage.has_place or self._stage.has_way(seq, step)
+
+    @property
+    def is_loader_busy(self) -> bool:
+        """Are there copies under way for the time of a full step?
+
+        More would only wait in the order in which they were begun, and whose turn comes next could not overtake them.
+        """
+        cost = load_cost(self._residency.loading_pages, self._config.page_tokens)
+        return self._residency.num_loading >= LOADS and cost >= self._config.max_step_tokens
 
     def _begin_load(self, seq: SequenceState, step: Step) -> bool:
         """Start to load the adapter that `seq` waits for, if there is room for both."""
-        kv_pages = self._layout.most_pages(len(seq.tokens))
-        victims = self._find_room(self._residency.num_pages(seq.adapter), seq, step.headroom + kv_pages)
-        if victims is None:
-            return False
-        self._evict(victims)
+        pages = self._residency.num_pages(seq.adapter)
+        headroom = self._stage.headroom(step) + self._layout.most_pages(len(seq.tokens))
+        wanted = self._stage.find_room(pages, seq, headroom)
+        if wanted is None:
+            return self._stage.make_way(seq, step, pages, headroom) and self._begin_load(seq, step)
+        self._stage.room.make(pages, wanted)
         step.loads.append(self._residency.begin_load(seq.adapter))
+        for ledger in (self._stage.ledger, self._stage.copies):
+            ledger.charge(seq, load_cost(pages, self._config.page_tokens))
         return True
 
     def _admit(self, seq: SequenceState, step: Step) -> bool:
-        """Let `seq` run if there is room for all its known tokens; known prefixes are shared."""
-        blocks = BlockTables(self._layout, self._match(seq))
+        """Let `seq` run if there is a place, and room for all its known tokens; known prefixes are shared."""
+        blocks = BlockTables(self._layout, self._stage.match(seq))
         hit, known = blocks.pages(), len(seq.tokens)
         end = min(known, blocks.num_tokens + step.budget)
-        needed, later = blocks.lacking(known, end), blocks.to_come(known, end)
-        victims = self._find_room(needed, seq, step.headroom + later, spare=frozenset(hit))
-        if victims is None:
-            return False
-        self._prefix.share(hit)
-        self._evict(victims)
-        self._start(seq, blocks)
-        blocks.extend(self._pages.alloc(needed, "kv"), known, end)
-        step.headroom += seq.headroom
+        needed, headroom = blocks.lacking(known, end), self._stage.headroom(step) + blocks.to_come(known, end)
+        wanted = self._stage.find_room(needed, seq, headroom, hit)
+        if wanted is None or not self._stage.has_place:
+            return self._stage.make_way(seq, step, needed, headroom, hit) and self._admit(seq, step)
+        self._stage.start(seq, blocks)
+        self._stage.room.make(needed, wanted)
+        self._stage.extend(seq, needed, known, end)
+        step.headroom = self._stage.headroom(step) + seq.headroom
         step.add(seq.chunk(end))
         return True
-
-    def _match(self, seq: SequenceState) -> Tables:
-        """Pages that already hold a prefix of `seq`, always leaving it a token to compute."""
-        if not self._config.prefix_caching:
-            return self._layout.no_blocks
-        extend_keys(seq.keys, seq.adapter, seq.tokens, self._config.page_tokens)
-        return self._prefix.match(seq.keys[: (len(seq.tokens) - 1) // self._config.page_tokens])
-
-    def _start(self, seq: SequenceState, prefix: BlockTables) -> None:
-        self._waiting.remove(seq)
-        insort(self._running, seq, key=by_seniority)
-        self._residency.pin(seq.adapter)
-        seq.blocks = prefix
-        seq.computed = prefix.num_tokens
-        seq.indexed = seq.computed // self._config.page_tokens
-        if not seq.admitted:
-            seq.admitted = True
-            seq.cached_tokens = seq.computed
-            self._prefix_hits += seq.computed
-            self._prefix_queries += len(seq.tokens) if self._config.prefix_caching else 0
 
     def _continue(self, seq: SequenceState, step: Step) -> None:
         """Compute the next tokens of a running sequence, as many as rows and pages are left for.
 
-        If there is no page for even one, the youngest give way until there is, or until that is `seq` itself.
+        If there is no page for even one, others give way until there is, or until that is `seq` itself.
         """
+        step.headroom = None
         known = seq.length
         end = min(known, seq.computed + step.budget)
         while lacking := seq.blocks.lacking(known, end):
-            victims = self._find_room(lacking, seq)
-            if victims is not None:
-                self._evict(victims)
-                seq.blocks.extend(self._pages.alloc(lacking, "kv"), known, end)
+            wanted = self._stage.find_room(lacking, seq)
+            if wanted is not None:
+                self._stage.room.make(lacking, wanted)
+                self._stage.extend(seq, lacking, known, end)
                 break
-            end = self._affordable_end(seq, end)
+            end = self._stage.affordable_end(seq, end)
             if end <= seq.computed:
-                youngest = self._running[-1]
-                self._preempt(youngest)
-                step.drop(youngest.id)
-                if youngest is seq:
+                yielding = youngest(self._stage.running[1:] or [seq], self._stage.space)
+                self._stage.preempt(yielding, step)
+                if yielding is seq:
                     return
                 end = min(known, seq.computed + step.budget)
         step.add(seq.chunk(end))
 
-    # Room
-
-    def _find_room(
-        self, needed: int, seq: SequenceState, headroom: int = 0, spare: Container[int] = ()
-    ) -> tuple[Victim, ...] | None:
-        """What to evict so that `seq` can take `needed` pages; None if it cannot. `spare` pages must stay."""
-        return choose_victims(self._victims(seq, spare), needed - self._pages.free, headroom)
-
-    def _affordable_end(self, seq: SequenceState, end: int) -> int:
-        """The last block boundary before `end` up to which `seq` can take pages."""
-        known, size = seq.length, self._config.page_tokens
-        available = self._pages.free + sum(victim.num_pages for victim in self._victims(seq, ()))
-        while end > seq.computed and seq.blocks.lacking(known, end) > available:
-            end = (end - 1) // size * size
-        return end
-
-    def _victims(self, taker: SequenceState, spare: Container[int]) -> Iterator[Victim]:
-        """What may be evicted for `taker`: what nobody waits for by cost, then what the young wait for."""
-        cached = (Victim(BASE, 1, last_use) for page, last_use in self._prefix.idle() if page not in spare)
-        unwanted = (v for v in self._residency.idle() if self._waiting.oldest(v.adapter) is None)
-        yield from merge(cached, unwanted, key=cost_to_lose)
-        if taker.is_running or self._is_stuck() or self._waiting.is_starving(taker):
-            yield from self._waiting.of_younger(taker, self._residency.idle())
-
-    def _is_stuck(self) -> bool:
-        """Will nothing change unless the next request gets what it needs?"""
-        return not self._running and not self._residency.any_loading
-
-    def _evict(self, victims: Sequence[Victim]) -> None:
-        self._prefix.evict(sum(victim.adapter == BASE for victim in victims))
-        for victim in victims:
-            if victim.adapter != BASE:
-                self._residency.evict(victim.adapter)
-
-    def _preempt(self, seq: SequenceState) -> None:
-        self._preemptions += 1
-        self._stop(seq)
-        self._waiting.push(seq)
-
-    def _stop(self, seq: SequenceState) -> None:
-        """Give back what a running sequence holds."""
-        del self._running[position(self._running, seq)]
-        self._prefix.release(seq.blocks.pages(), self._now)
-        self._residency.unpin(seq.adapter, self._now)
-        seq.blocks = BlockTables(self._layout, self._layout.no_blocks)
-        seq.computed = 0
-
     def _leave(self, seq: SequenceState) -> None:
         """Forget a sequence that has ended."""
-        if seq.is_running:
-            self._stop(seq)
-        else:
-            self._waiting.remove(seq)
+        self._stage.leave(seq)
         del self._by_request[seq.request.id]
         del self._by_id[seq.id]
-        self._residency.unclaim(seq.adapter)
-
-    # Results
-
-    def _index_full_blocks(self, seq: SequenceState) -> None:
-        page_tokens = self._config.page_tokens
-        full = min(seq.computed, len(seq.tokens)) // page_tokens
-        if full <= seq.indexed or not self._config.prefix_caching:
-            return
-        extend_keys(seq.keys, seq.adapter, seq.tokens, page_tokens)
-        for group, table in enumerate(seq.blocks.tables):
-            for block in range(seq.indexed, full):
-                if table[block] != GONE:  # given back before its last token was known
-                    self._prefix.insert(seq.keys[block], group, table[block])
-        seq.indexed = full
 
     # What an observer sees
 
     def stats(self) -> EngineStats:
         """A snapshot: counts of requests and pages, the scheduler's counters, and who is in the pool."""
+        pages = self._stage.room.pages
         return EngineStats(
-            running=len(self._running),
+            running=len(self._stage.running),
             waiting=len(self._waiting),
-            total_pages=self._pages.num_pages,
-            free_pages=self._pages.free,
-            kv_pages=self._pages.held("kv"),
-            cached_pages=self._pages.held("cached"),
-            adapter_pages=self._pages.held("adapter"),
+            total_pages=pages.num_pages,
+            free_pages=pages.free,
+            kv_pages=pages.held("kv"),
+            cached_pages=pages.held("cached"),
+            adapter_pages=pages.held("adapter"),
             steps=self._steps,
-            preemptions=self._preemptions,
-            prefix_hit_tokens=self._prefix_hits,
-            prefix_query_tokens=self._prefix_queries,
+            preemptions=self._stage.preemptions,
+            prefix_hit_tokens=self._stage.prefix_hits,
+            prefix_query_tokens=self._stage.prefix_queries,
             evictions=self._residency.evictions,
             loads=self._residency.loads,
             residency=dict(self._residency.states()),
-            running_by_adapter=Counter(seq.adapter for seq in self._running),
+            adapter_requests=self._residency.ghosts.requests,
+            adapter_hits_by_pages=self._residency.ghosts.hits(),
+            running_by_adapter=Counter(seq.adapter for seq in self._stage.running),
             waiting_by_adapter=Counter(seq.adapter for seq in self._waiting),
         )
 
     def check_integrity(self) -> None:
         """Assert the invariants of the pool and of the queues, and that they agree."""
-        self._pages.check_integrity()
-        self._prefix.check_integrity()
-        self._residency.check_integrity()
-        assert self._running == sorted(self._running, key=by_seniority)
-        assert {*self._running, *self._waiting} == set(self._by_request.values()) == set(self._by_id.values())
-        assert len(self._running) + len(self._waiting) == len(self._by_request)
-        assert len(self._running) <= self._config.max_running
-        references = Counter(page for seq in self._running for page in seq.blocks.pages())
-        assert len(references) == self._pages.held("kv")
-        assert all(self._pages.references(page) == count for page, count in references.items())
-        pins = Counter(seq.adapter for seq in self._running)
-        claims = Counter(seq.adapter for seq in self._by_request.values())
-        self._residency.check_counts(pins, claims)
-        for seq in self._running:
-            assert seq.computed < seq.length
-            seq.blocks.check_integrity(seq.computed, seq.length, seq.max_blocks)
-            assert len(seq.blocks.pages()) <= seq.max_pages
-        assert not any(seq.is_running or seq.computed for seq in self._waiting)
+        self._stage.check_integrity()
+        flying = {*self._stage.running, *self._waiting}
+        assert flying == set(self._by_request.values()) == set(self._by_id.values())
+        assert len(self._stage.running) + len(self._waiting) == len(self._by_request)

@@ -20,11 +20,13 @@ class SequenceState:
     they have been hashed, the first `indexed` of which the prefix index has seen in these pages. `max_blocks`
     is the longest that a block table can become, `max_pages` how many pages it can ever have at a time.
     `cached_tokens` is what its first admission found in the prefix index, `admitted` says that it has been.
+    `flow` is its class, tenant and adapter; of one flow the oldest always comes first.
     `passed` counts the schedule calls of this wait in which it lacked pages.
     """
 
     id: int
     request: Request
+    flow: tuple[int, str, str]
     tokens: list[int]
     blocks: BlockTables
     max_blocks: int
@@ -43,6 +45,7 @@ class SequenceState:
         return cls(
             id,
             request,
+            (request.account.priority, request.account.tenant, request.adapter),
             tokens=list(request.prompt),
             blocks=BlockTables(layout, layout.no_blocks),
             max_blocks=pages_for(longest, layout.page_tokens),
@@ -54,9 +57,9 @@ class SequenceState:
         return self.request.adapter
 
     @property
-    def seniority(self) -> tuple[float, int]:
-        """Sorts the oldest first; pages are taken from the youngest."""
-        return self.request.arrival, self.id
+    def seniority(self) -> tuple[int, float, int]:
+        """Sorts the oldest of the highest class first; pages are taken from the youngest."""
+        return -self.request.account.priority, self.request.arrival, self.id
 
     @property
     def is_running(self) -> bool:
