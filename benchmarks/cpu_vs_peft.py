@@ -26,6 +26,7 @@ from unittest.mock import patch
 import msgspec
 import torch
 
+from motet.adapters.store import ImageStore
 from motet.config import EngineConfig
 from motet.engine import runner
 from motet.engine.loop import Engine
@@ -59,7 +60,8 @@ def write_adapters(model: Path, folder: Path) -> None:
         wrapped.save_pretrained(str(folder / f"adapter-{i}"))
     spec = load_spec(model)
     size = page_bytes(spec, EngineConfig(model=str(model)).page_tokens)
-    found = [prepare(folder / f"adapter-{i}", spec, size, folder / "images") for i in range(ADAPTERS)]
+    images = ImageStore(folder / "images")
+    found = [prepare(folder / f"adapter-{i}", spec, size, images) for i in range(ADAPTERS)]
     (folder / PREPARED).write_bytes(msgspec.json.encode(found))
 
 

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from motet.adapters.store import ImageStore
 from motet.config import EngineConfig
 from motet.engine import runner
 from motet.engine.gpu_sampler import GpuDraw, GpuSampler
@@ -89,7 +90,7 @@ def _register(engine: Engine, adapter: Path | None, images: Path) -> str:
         return BASE
     pool = engine.runner.pool
     rounded = pool.kv_dtype == torch.bfloat16
-    found = prepare(adapter, engine.spec, pool.page_bytes, images, rounded)
+    found = prepare(adapter, engine.spec, pool.page_bytes, ImageStore(images), rounded)
     engine.register_adapter(found.digest, Path(found.image), found.num_pages)
     return found.digest
 

@@ -71,6 +71,13 @@ class ConfigError(MotetError):
     code = "config_error"
 
 
+class StorageFull(MotetError):
+    """The disk that holds packed images is full; resident adapters serve on."""
+
+    status = 507
+    code = "storage_full"
+
+
 class EngineDead(MotetError):
     """The engine process is gone; nothing can be served until it is restarted."""
 

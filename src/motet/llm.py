@@ -11,13 +11,13 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Coroutine, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import msgspec
 
+from motet.adapters.store import ImageStore
 from motet.config import EngineConfig, cache_dir
 from motet.engine.client import EngineThread
 from motet.engine.device import has_gpu, resolve
@@ -25,7 +25,7 @@ from motet.engine.frontend import Frontend
 from motet.errors import MotetError
 from motet.models.registry import locate
 from motet.registry.catalog import Catalog
-from motet.registry.prepare import prepare
+from motet.registry.prepare import Preparer
 from motet.types import BASE, Delta, EngineStats, FinishReason, SamplingParams, TokenLogprob
 
 T = TypeVar("T")
@@ -65,8 +65,9 @@ class LLM:
         ready = await self._client.started()
         directory = Path(self._config.model)
         rounded = self._config.device == "cuda"
-        images = cache_dir() / "images"
-        bind = partial(prepare, spec=ready.spec, page_bytes=ready.page_bytes, images=images, rounded=rounded)
+        images = ImageStore(cache_dir() / "images", self._config.image_bytes)
+        bind = Preparer(ready.spec, ready.page_bytes, images, rounded)
+        self._client.use_disk(bind)
         self._frontend = Frontend(self._client, directory)
         self._catalog = Catalog(ready.spec, ready.spec.name, str(directory), bind, self._client)
 

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from motet.adapters.store import ImageStore
 from motet.config import EngineConfig
 from motet.engine.client import EngineClient, EngineProcess, EngineThread
 from motet.engine.loop import Engine
@@ -184,7 +185,7 @@ def test_an_adapter_is_registered_used_and_forgotten(
 ) -> None:
     async def scenario() -> None:
         ready = await client.started()
-        found: PreparedAdapter = prepare(adapter, ready.spec, ready.page_bytes, tmp_path)
+        found: PreparedAdapter = prepare(adapter, ready.spec, ready.page_bytes, ImageStore(tmp_path))
         await client.register_adapter(found.digest, found.image, found.num_pages)
         await client.register_adapter(found.digest, found.image, found.num_pages)
         assert (await client.stats()).residency == {found.digest: "absent"}

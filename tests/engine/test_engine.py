@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from motet.adapters.store import ImageStore
 from motet.config import EngineConfig
 from motet.engine.loop import Engine
 from motet.engine.sampler import Drawn
@@ -44,7 +45,9 @@ class Bench:
         options = {"pool_bytes": 1 << 20, "page_tokens": 4, "max_step_tokens": 32, **config}
         self.engine = Engine(EngineConfig(model=str(model), **options))
         size = self.engine.runner.pool.page_bytes
-        self.adapters: list[PreparedAdapter] = [prepare(f, self.engine.spec, size, images) for f in folders]
+        self.adapters: list[PreparedAdapter] = [
+            prepare(f, self.engine.spec, size, ImageStore(images)) for f in folders
+        ]
         for adapter in self.adapters:
             self.register(adapter)
         self.answers: dict[str, list[int]] = {}

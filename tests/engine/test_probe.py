@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from motet.adapters.checkpoint import load_checkpoint
 from motet.adapters.image import pack
+from motet.adapters.store import ImageStore
 from motet.config import EngineConfig
 from motet.engine.loop import Engine
 from motet.engine.probe import PAGE_TOKENS, PROMPT_TOKENS, AdapterEffect, probe_adapter
@@ -108,7 +109,7 @@ def test_an_engine_that_verifies_refuses_a_silent_adapter(tmp_path: Path) -> Non
         tmp_path / "adapter", model, "llama", 1, r=4, lora_alpha=8, target_modules=["q_proj"]
     )
     engine = Engine(EngineConfig(model=str(model), pool_bytes=4 << 20, page_tokens=5, verify_adapters=True))
-    images = tmp_path / "images"
+    images = ImageStore(tmp_path / "images")
     good = prepare(adapter, engine.spec, engine.runner.pool.page_bytes, images)
     engine.register_adapter(good.digest, Path(good.image), good.num_pages)
     _silence(adapter, "layers.1")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from motet.adapters.store import ImageStore
 from motet.config import EngineConfig
 from motet.engine import loop
 from motet.engine.gpu_runner import GpuRunner
@@ -33,7 +34,7 @@ def _register(engine: Engine, adapters: list[Path], images: Path) -> list[str]:
     digests, pool = [], engine.runner.pool
     for adapter in adapters:
         rounded = pool.kv_dtype == torch.bfloat16
-        found = prepare(adapter, engine.spec, pool.page_bytes, images, rounded=rounded)
+        found = prepare(adapter, engine.spec, pool.page_bytes, ImageStore(images), rounded=rounded)
         engine.register_adapter(found.digest, Path(found.image), found.num_pages)
         digests.append(found.digest)
     return digests

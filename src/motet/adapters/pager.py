@@ -1,28 +1,53 @@
-"""Copies adapters from their packed images into the pool, beside the step loop.
+"""Copies adapters into the pool, beside the step loop: from the host tier, or from their packed images on disk.
 
 A copy fills pages that nothing else owns, so it needs no lock against the running step; numpy copies them with the
 GIL released. On a GPU it begins when the steps launched before it have ended, which may still read what was there.
 Finished loads are collected by the loop between two steps.
+
+An image that has left the disk, or is damaged there, is asked for (`on_missing`); its load waits until `remade`, and
+other loads go on. A load that fails has changed nothing but the pages that it was given.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from motet.adapters.image import ChunkTable, open_image
+from motet.adapters.host import HostImage, HostTier
+from motet.adapters.image import AdapterImage, ChunkTable
+from motet.adapters.store import Identity, identity, reading
 from motet.errors import MotetError
 from motet.memory.pool import Mark, Pool
-from motet.types import Load
+from motet.types import Load, TierStats
+
+logger = logging.getLogger(__name__)
+MAX_REMAKES = 3
+"""Times that a load asks for its image. More than one only if the disk has room for fewer than are loaded at a time."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Where an adapter's image lies, the directory it can be made again from, and the file that was `checked`."""
+
+    path: Path
+    source: str
+    checked: Identity | None
+
+    @staticmethod
+    def just_checked(path: Path, source: str) -> ImageFile:
+        """The file that is there now; whoever calls has just read or written all of it."""
+        return ImageFile(path, source, identity(path))
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A finished load: the chunks that now lie in `load.pages`, or why it failed. `seconds` is its duration."""
+    """A finished load: the chunks that now lie in `load.pages`, or why it failed. `seconds` is what the copy took."""
 
     load: Load
     chunks: ChunkTable | None
@@ -30,23 +55,64 @@ class LoadResult:
     seconds: float
 
 
+class OnMissing(Protocol):
+    """Asks for an image to be made again from `source`; `Pager.remade` tells that it was."""
+
+    def __call__(self, digest: str, source: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Job:
+    load: Load
+    file: ImageFile
+    launched: Mark
+    remakes: int = 0
+
+
 class Pager:
     """One thread that serves loads in the order they were planned."""
 
-    def __init__(self, pool: Pool, on_finished: Callable[[], None]) -> None:
-        """`on_finished` is called from the pager's thread after each load."""
+    def __init__(
+        self,
+        pool: Pool,
+        host: HostTier | None,
+        on_finished: Callable[[], None],
+        on_missing: OnMissing | None = None,
+    ) -> None:
+        """`on_finished` and `on_missing` are called from the pager's thread."""
         self._pool = pool
+        self._host = host
         self._on_finished = on_finished
+        self._on_missing = on_missing
         self._under_way = 0
-        self._todo: queue.SimpleQueue[tuple[Load, Path, Mark] | None] = queue.SimpleQueue()
+        self._waiting: dict[str, _Job] = {}  # for their images to be made again
+        self._disk_hits = 0
+        self._host_loads = 0
+        self._host_seconds = 0.0
+        self._todo: queue.SimpleQueue[_Job | str | None] = queue.SimpleQueue()  # a digest is one to forget
         self._done: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="motet-pager", daemon=True)
         self._thread.start()
 
-    def start(self, load: Load, image: Path) -> None:
+    def start(self, load: Load, file: ImageFile) -> None:
         """Queue a copy; returns at once."""
         self._under_way += 1
-        self._todo.put((load, image, self._pool.mark()))
+        self._todo.put(_Job(load, file, self._pool.mark()))
+
+    def remade(self, digest: str, error: str | None) -> None:
+        """The image that was asked for is there again, or why it cannot be."""
+        job = self._waiting.pop(digest, None)
+        if job is None:
+            return
+        if error is None:
+            file = ImageFile.just_checked(job.file.path, job.file.source)
+            self._todo.put(replace(job, file=file, remakes=job.remakes + 1))
+        else:
+            self._finish(job, None, error)
+
+    def forget(self, digest: str) -> None:
+        """Give up the host's copy of an adapter that is not served any more."""
+        self._todo.put(digest)
 
     def finished(self) -> list[LoadResult]:
         """Loads that ended since the last call."""
@@ -61,28 +127,79 @@ class Pager:
         """Whether a load has begun and `finished` has not told its end."""
         return self._under_way > 0
 
+    def stats(self) -> dict[str, TierStats]:
+        """The tiers below the pool, by name; of the disk only what was read."""
+        tiers = {"disk": TierStats(hits=self._disk_hits)}
+        if self._host is not None:
+            tiers["host"] = self._host.stats(self._host_loads, self._host_seconds)
+        return tiers
+
     def close(self) -> None:
-        """End the thread after the load in progress."""
+        """End the thread after the loads that are queued."""
         self._todo.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         while (job := self._todo.get()) is not None:
-            load, path, launched = job
+            if isinstance(job, str):
+                if self._host is not None:
+                    self._host.drop(job)
+                continue
             began = time.monotonic()
-            chunks, error = None, None
             try:
-                chunks = self._copy(load, path, launched)
+                chunks = self._copy(job)
             except (MotetError, OSError, ValueError) as failure:
-                error = f"adapter {load.digest[:12]} could not be loaded: {failure}"
-            self._done.put(LoadResult(load, chunks, error, time.monotonic() - began))
-            self._on_finished()
+                self._miss(job, str(failure))
+            except Exception as failure:  # no memory on the device, or a bug: its requests end
+                logger.exception("an adapter could not be loaded")
+                self._finish(job, None, f"{type(failure).__name__}: {failure}")
+            else:
+                self._finish(job, chunks, seconds=time.monotonic() - began)
 
-    def _copy(self, load: Load, path: Path, launched: Mark) -> ChunkTable:
-        image = open_image(path)
-        if image.digest != load.digest:
+    def _copy(self, job: _Job) -> ChunkTable:
+        held = self._host.get(job.load.digest) if self._host is not None else None
+        if held is None:
+            with reading(job.file.path, job.file.checked) as image:
+                self._check(image, job)
+                self._disk_hits += 1
+                held = self._to_host(image)
+                if held is None:
+                    self._pool.fill(job.load.pages, [image.pages], job.launched)
+                    return image.chunks
+        assert self._host is not None
+        self._pool.fill(job.load.pages, self._host.runs(held), job.launched)
+        return held.chunks
+
+    def _to_host(self, image: AdapterImage) -> HostImage | None:
+        """Copy an image to the host tier, if there is one and it fits."""
+        if self._host is None:
+            return None
+        began = time.monotonic()
+        held = self._host.put(image)
+        if held is not None:
+            self._host_loads += 1
+            self._host_seconds += time.monotonic() - began
+        return held
+
+    def _check(self, image: AdapterImage, job: _Job) -> None:
+        path = job.file.path
+        if image.digest != job.load.digest:
             raise ValueError(f"{path} holds {image.digest}")
-        if image.num_pages != len(load.pages) or image.page_bytes != self._pool.page_bytes:
+        if image.num_pages != len(job.load.pages) or image.page_bytes != self._pool.page_bytes:
             raise ValueError(f"{path} was packed for another page size or has changed")
-        self._pool.fill(load.pages, image.pages, launched)
-        return image.chunks
+
+    def _miss(self, job: _Job, reason: str) -> None:
+        """The image cannot be read: ask for it, or give up."""
+        if self._on_missing is None or not job.file.source or job.remakes == MAX_REMAKES:
+            self._finish(job, None, reason)
+            return
+        logger.info("an image is made again: %s", reason)
+        self._waiting[job.load.digest] = job
+        self._on_missing(job.load.digest, job.file.source)
+
+    def _finish(
+        self, job: _Job, chunks: ChunkTable | None, reason: str | None = None, seconds: float = 0.0
+    ) -> None:
+        error = reason and f"adapter {job.load.digest[:12]} could not be loaded: {reason}"
+        self._done.put(LoadResult(job.load, chunks, error, seconds))
+        self._on_finished()

@@ -17,6 +17,8 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -28,10 +30,14 @@ from motet.engine.messages import (
     GetStats,
     Inbox,
     Message,
+    Missing,
     Outputs,
+    Pin,
+    Prefetch,
     Progress,
     Ready,
     Register,
+    Remade,
     Reply,
     Shutdown,
     Submit,
@@ -41,7 +47,7 @@ from motet.engine.messages import (
     typed_error,
 )
 from motet.errors import EngineDead, MotetError
-from motet.types import EngineStats, Request, SeqOutput
+from motet.types import EngineStats, PreparedAdapter, Request, SeqOutput, TierStats
 
 logger = logging.getLogger(__name__)
 OnProgress = Callable[[str, float], None]
@@ -49,6 +55,14 @@ SHUTDOWN_SECONDS = 10.0
 POLITE_THREADS = {"GOMP_SPINCOUNT": "20000"}
 """OpenMP threads that soon fall asleep when they wait. A decode step of 8 rows on 2 cores, with the default, this and
 threads that never spin: 50, 54 and 60 ms alone; 100-1,000, 140 and 75 ms beside a process that keeps one core busy."""
+
+
+class Disk(Protocol):
+    """Prepares adapters from their directories, and counts what it keeps of them on disk. Runs in any thread."""
+
+    def __call__(self, source: Path, /) -> PreparedAdapter: ...
+
+    def stats(self) -> TierStats: ...
 
 
 class EngineClient(ABC):
@@ -61,6 +75,9 @@ class EngineClient(ABC):
         self._numbers = itertools.count()
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._death: MotetError | None = None
+        self._disk: Disk | None = None
+        self._remaking = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def alive(self) -> bool:
@@ -99,19 +116,36 @@ class EngineClient(ABC):
         if ids and self.alive:
             self._send(Abort(tuple(ids)))
 
-    async def register_adapter(self, digest: str, image: str, num_pages: int) -> None:
-        """Make an adapter known to the engine."""
-        await self._call(lambda call: Register(call, digest, image, num_pages))
+    def use_disk(self, disk: Disk) -> None:
+        """Where images are made again that the engine misses, and who knows how many there are."""
+        self._disk = disk
+
+    async def register_adapter(self, digest: str, image: str, num_pages: int, source: str = "") -> None:
+        """Make an adapter known to the engine; its image can be made again from the directory `source`."""
+        await self._call(lambda call: Register(call, digest, image, num_pages, source))
 
     async def forget_adapter(self, digest: str) -> None:
         """Drop an adapter after its last request."""
         await self._call(lambda call: Forget(call, digest))
 
+    async def prefetch(self, digest: str) -> None:
+        """Load an adapter soon, if there is room that nobody wants. InvalidRequest if it is not registered."""
+        await self._call(lambda call: Prefetch(call, digest))
+
+    async def pin_adapter(self, digest: str, pinned: bool) -> None:
+        """Never evict an adapter, or do so again. CapacityExceeded if all that is pinned would take too much."""
+        await self._call(lambda call: Pin(call, digest, pinned))
+
     async def stats(self) -> EngineStats:
         """A snapshot of the engine."""
         reply = await self._call(GetStats)
-        assert reply.stats is not None
-        return reply.stats
+        stats = reply.stats
+        assert stats is not None
+        if self._disk is None:
+            return stats
+        disk = await asyncio.to_thread(self._disk.stats)
+        disk = msgspec.structs.replace(disk, hits=stats.tiers["disk"].hits)
+        return msgspec.structs.replace(stats, tiers={**stats.tiers, "disk": disk})
 
     @abstractmethod
     def _send(self, message: Message) -> None:
@@ -132,6 +166,25 @@ class EngineClient(ABC):
             raise typed_error(reply.error, reply.code)
         return reply
 
+    async def _remake(self, digest: str, source: str) -> None:
+        """Make an image again, one at a time, and tell the engine how it went."""
+        error = None
+        async with self._remaking:
+            if self._disk is None:
+                error = "its image has left the disk"
+            else:
+                try:
+                    found = await asyncio.to_thread(self._disk, Path(source))
+                    if found.digest != digest:
+                        error = f"its image has left the disk, and {source!r} now holds digest {found.digest}"
+                except (MotetError, OSError) as failure:
+                    error = f"its image has left the disk, and cannot be made again: {failure}"
+                except Exception as failure:  # whatever it is, the requests that wait must end with it
+                    logger.exception("an image could not be made again")
+                    error = f"its image has left the disk; making it again failed: {type(failure).__name__}"
+        if self.alive:
+            self._send(Remade(digest, error))
+
     def _check_alive(self) -> None:
         if self._death is not None:
             raise EngineDead("the engine stopped") from self._death
@@ -141,6 +194,10 @@ class EngineClient(ABC):
             case Outputs(outputs):
                 for output in outputs:
                     self._deliver(output)
+            case Missing(digest, source):
+                task = asyncio.get_running_loop().create_task(self._remake(digest, source))
+                self._tasks.add(task)  # the loop itself keeps only a weak reference
+                task.add_done_callback(self._tasks.discard)
             case Reply(call):
                 future = self._calls.pop(call, None)
                 if future is not None and not future.done():
@@ -260,6 +317,7 @@ class EngineThread(EngineClient):
                 config,
                 lambda stage, fraction: send(Progress(stage, fraction)),
                 lambda: self._inbox.put(Wake()),
+                lambda digest, source: self._inbox.put(Missing(digest, source)),
             )
             try:
                 send(Ready(engine.spec, engine.runner.pool.page_bytes, engine.max_model_len))

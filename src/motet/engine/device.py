@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from motet.adapters.host import HostTier
 from motet.config import EngineConfig, tuned_folder
 from motet.engine.runner import Runner
 from motet.errors import ConfigError
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 CPU_POOL = 1 << 30
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of a step. On a GPU a chunk of 2,048 keeps neighbours waiting for some 60 ms and still fills the device."""
+HOST_BYTES = 8 << 30
+"""The most that the host tier takes by default: 11 adapters of rank 32 on every expert of gpt-oss-20b."""
 WORKSPACE = 3 << 30
 """GPU memory kept for activations, graphs and compiled code."""
 
@@ -88,6 +92,15 @@ def make_pool(config: EngineConfig, spec: ModelSpec) -> Pool:
     """The pool of a resolved config; the weights are loaded already."""
     size = config.pool_bytes if config.pool_bytes is not None else _left_on_gpu(config, spec)
     return Pool(spec, size, config.page_tokens, KV_DTYPE[config.device], config.device)
+
+
+def make_host_tier(config: EngineConfig, page_bytes: int) -> HostTier | None:
+    """The host tier of a resolved config, if it has one."""
+    size = config.host_bytes
+    if size is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        size = min(memory // 4, HOST_BYTES) if config.device == "cuda" else 0
+    return HostTier(size, page_bytes, pinned=config.device == "cuda") if size else None
 
 
 def _left_on_gpu(config: EngineConfig, spec: ModelSpec) -> int:

@@ -17,7 +17,7 @@ from motet.engine.client import EngineClient
 from motet.engine.detokenize import Detokenizer
 from motet.engine.messages import typed_error
 from motet.errors import InvalidRequest, ModelRefused
-from motet.types import Delta, EngineStats, Request, SamplingParams, SeqOutput
+from motet.types import ANYBODY, Account, Delta, EngineStats, Request, SamplingParams, SeqOutput
 
 
 class Frontend:
@@ -74,11 +74,24 @@ class Frontend:
         """A snapshot of the engine."""
         return await self._client.stats()
 
+    async def prefetch(self, adapter: str) -> None:
+        """As the client's."""
+        await self._client.prefetch(adapter)
+
+    async def pin_adapter(self, adapter: str, pinned: bool) -> None:
+        """As the client's."""
+        await self._client.pin_adapter(adapter, pinned)
+
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        adapter: str,
+        request_id: str,
+        account: Account = ANYBODY,
     ) -> AsyncIterator[Delta]:
         """The deltas of all choices, interleaved; see `engine.protocol.Generator`."""
-        requests = _choices(prompt, params, adapter, request_id)
+        requests = _choices(prompt, params, adapter, request_id, account)
         index = {request.id: i for i, request in enumerate(requests)}
         texts = [Detokenizer(self._tokenizer.backend_tokenizer, params.stop) for _ in requests]
         began = False
@@ -96,7 +109,9 @@ class Frontend:
                 yield delta
 
 
-def _choices(prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str) -> list[Request]:
+def _choices(
+    prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str, account: Account
+) -> list[Request]:
     """One request per choice. Choice i of a seeded request has a seed of its own, derived from the request's."""
     seed = secrets.randbits(62) if params.seed is None else params.seed
     now = time.monotonic()
@@ -107,6 +122,7 @@ def _choices(prompt: Sequence[int], params: SamplingParams, adapter: str, reques
             params=msgspec.structs.replace(params, seed=(seed + i * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF),
             adapter=adapter,
             arrival=now,
+            account=account,
         )
         for i in range(params.n)
     ]
@@ -122,4 +138,13 @@ def _delta(index: int, output: SeqOutput, text: Detokenizer) -> Delta:
         finish = "stop"
     elif finish is not None:
         piece += text.flush()
-    return Delta(index, piece, output.token_ids, output.logprobs, finish, output.error, output.cached_tokens)
+    return Delta(
+        index,
+        piece,
+        output.token_ids,
+        output.logprobs,
+        finish,
+        output.error,
+        output.cached_tokens,
+        output.queue_seconds,
+    )

@@ -49,6 +49,8 @@ class GpuRunner:
         self._sizes = prompt_sizes(max_step_tokens)
         self._prompts = self._builder.prompts(self._sizes[-1])
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+        self.graph_replays = 0
+        self.graph_captures = 0
         self._memory: Any = None  # shared by all graphs: one runs at a time
         dtype = decoder.embedding.dtype
         self._logits = torch.zeros(
@@ -90,6 +92,7 @@ class GpuRunner:
             graph = self._captured((True, size, with_lora, idle))
             self._fill_prompts(size, step)
         graph.replay()
+        self.graph_replays += 1
         return self._logits
 
     def _size_for(self, step: Step) -> int:
@@ -130,6 +133,7 @@ class GpuRunner:
                 self._run(batch)
             self._memory = graph.pool()
             self._graphs[key] = graph
+            self.graph_captures += 1
         return self._graphs[key]
 
     def _run(self, batch: GpuBatch) -> None:

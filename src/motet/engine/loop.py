@@ -14,11 +14,12 @@ import msgspec
 import torch
 
 from motet.adapters.image import open_image
-from motet.adapters.pager import Pager
+from motet.adapters.pager import ImageFile, OnMissing, Pager
 from motet.config import EngineConfig
 from motet.engine.device import (
     fitting,
     has_gpu,
+    make_host_tier,
     make_pool,
     make_runner,
     resolve,
@@ -28,6 +29,8 @@ from motet.engine.device import (
 )
 from motet.engine.probe import probe_adapter
 from motet.engine.sampler import Draw, SamplingRow
+from motet.engine.tiers import PoolTier, share_of_base
+from motet.engine.times import StepTimes
 from motet.errors import ConfigError, MotetError
 from motet.models.registry import load_model, load_spec, locate, return_freed_memory
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -55,8 +58,13 @@ class Engine:
         config: EngineConfig,
         on_progress: Progress | None = None,
         on_loaded: Callable[[], None] = lambda: None,
+        on_missing: OnMissing | None = None,
     ) -> None:
-        """`on_progress` hears the stages of starting; `on_loaded` is called from another thread when a load ends."""
+        """`on_progress` hears the stages of starting.
+
+        Called from another thread: `on_loaded` when a load ends, `on_missing` when one needs an image that is not
+        there; `image_remade` is to answer it.
+        """
         progress = on_progress or (lambda _stage, _fraction: None)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -81,7 +89,7 @@ class Engine:
             progress("warming up kernels", 0.9)
             self.runner.warm_up()
         return_freed_memory()
-        self.pager = Pager(pool, on_loaded)
+        self.pager = Pager(pool, make_host_tier(config, pool.page_bytes), on_loaded, on_missing)
         step_tokens = config.max_step_tokens
         assert step_tokens is not None
         self.scheduler = Scheduler(
@@ -96,29 +104,36 @@ class Engine:
             ),
             pool.num_pages,
         )
-        self._images: dict[str, Path] = {}
+        self._images: dict[str, ImageFile] = {}
+        self._pinned: set[str] = set()
+        self._leaving: set[str] = set()  # forgotten, but perhaps with requests that are not over
         self._verify = config.verify_adapters
         self._weight_bytes = model.nbytes
         self._workspace_bytes = workspace_bytes(config, pool, model.nbytes)
         self._steps = 0
-        self._loads = 0
-        self._load_seconds = 0.0
+        self._times = StepTimes()
+        self._tier = PoolTier()
         self._flight: _Flight | None = None
         self._stalled = False
         progress("ready", 1.0)
 
     def step(self) -> list[SeqOutput]:
         """One step of the loop; outputs of every sequence that got a token or ended."""
+        began = time.monotonic()
         outputs = self._collect_loads()
-        plan = self.scheduler.schedule(time.monotonic())
+        plan = self.scheduler.schedule()
         before = self._flight
         self._flight = self._launch(plan)
         outputs += self._land(before)
+        landed = before
         if self._flight is not None and not self._flight.draw.overlaps:
             now, self._flight = self._flight, None
             outputs += self._land(now)
+            landed = now
+        if landed is not None:
+            self._times.landed(landed.plan, time.monotonic() - began)
         self._stalled = not plan.chunks and before is None
-        return outputs
+        return self._times.told(outputs)
 
     @property
     def has_work(self) -> bool:
@@ -134,6 +149,7 @@ class Engine:
         """Accept a request; one that cannot be served ends at once with its error."""
         try:
             self.scheduler.add(request)
+            self._tier.asked(request.adapter)
         except MotetError as error:
             return [SeqOutput(request.id, finish="error", error=str(error), code=error.code)]
         return []
@@ -141,32 +157,59 @@ class Engine:
     def abort(self, request_id: str) -> list[SeqOutput]:
         """End a request now; nothing if it is unknown or over."""
         output = self.scheduler.abort(request_id)
-        return [output] if output is not None else []
+        return self._times.told([output]) if output is not None else []
 
-    def register_adapter(self, digest: str, image: Path, num_pages: int) -> None:
+    def register_adapter(self, digest: str, image: Path, num_pages: int, source: str = "") -> None:
         """Make an adapter known; it is loaded when a request wants it.
 
-        With `verify_adapters`, AdapterRefused if it does not do what its file says.
+        The image has just been checked, and can be made again from the directory `source`, if that is given. With
+        `verify_adapters`, AdapterRefused if it does not do what its file says.
         """
         if self._verify:
             probe_adapter(self.runner.decoder, self.spec, open_image(image)).require()
-        self._images[digest] = image
-        self.scheduler.register_adapter(digest, num_pages)
+        self._images[digest] = ImageFile.just_checked(image, source)
+        self._leaving.discard(digest)
+        self.scheduler.register_adapter(digest, num_pages, share_of_base(image, self.spec))
 
     def forget_adapter(self, digest: str) -> None:
         """Drop an adapter once its last request has ended; a waiting one may still need its image loaded."""
         self.scheduler.forget_adapter(digest)
+        self._leaving.add(digest)
+        self._pinned.discard(digest)
+        self._let_go()
+
+    def prefetch(self, digest: str) -> None:
+        """Load an adapter soon, if there is room that nobody wants."""
+        self.scheduler.prefetch(digest)
+
+    def pin_adapter(self, digest: str, pinned: bool) -> None:
+        """Never evict an adapter, or do so again; it is not pinned any more once it is forgotten."""
+        self.scheduler.pin_adapter(digest, pinned)
+        (self._pinned.add if pinned else self._pinned.discard)(digest)
+
+    def image_remade(self, digest: str, error: str | None = None) -> None:
+        """The answer to `on_missing`: the image is there again, or why it cannot be."""
+        self.pager.remade(digest, error)
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics and health."""
+        self._let_go()
+        stats = self.scheduler.stats()
         return msgspec.structs.replace(
-            self.scheduler.stats(),
+            stats,
             steps=self._steps,
-            loads=self._loads,
-            load_seconds=self._load_seconds,
+            prefill_seconds=self._times.prefill_seconds,
+            decode_seconds=self._times.decode_seconds,
+            graph_replays=self.runner.graph_replays,
+            graph_captures=self.runner.graph_captures,
+            loads=self._tier.loads,
+            load_seconds=self._tier.load_seconds,
             page_bytes=self.runner.pool.page_bytes,
             weight_bytes=self._weight_bytes,
             workspace_bytes=self._workspace_bytes,
+            tiers={"pool": self._tier.stats(stats, self.runner.pool.page_bytes), **self.pager.stats()},
+            loads_by_adapter=dict(self._tier.loads_of),
+            pinned=tuple(sorted(self._pinned)),
         )
 
     def close(self) -> None:
@@ -174,8 +217,10 @@ class Engine:
         self.pager.close()
 
     def _launch(self, plan: Plan) -> _Flight | None:
+        self._tier.left(plan.evictions)
         for load in plan.loads:
             self.pager.start(load, self._images[load.digest])
+        self._times.launched(plan, lambda seq: self.scheduler.sequence(seq).request, time.monotonic())
         draw = self.runner.launch(plan, self._sampling_row)
         self._steps += bool(plan.chunks)
         return _Flight(plan, draw) if plan.chunks else None
@@ -183,19 +228,30 @@ class Engine:
     def _land(self, flight: _Flight | None) -> list[SeqOutput]:
         if flight is None:
             return []
-        return self.scheduler.commit(flight.plan, flight.draw.result(), time.monotonic())
+        return self.scheduler.commit(flight.plan, flight.draw.result())
 
     def _collect_loads(self) -> list[SeqOutput]:
         outputs: list[SeqOutput] = []
         for result in self.pager.finished():
-            self._loads += 1
-            self._load_seconds += result.seconds
+            self._tier.tried(result.load.digest, result.seconds)
             if result.chunks is None:
                 outputs += self.scheduler.adapter_failed(result.load.digest, result.error or "unknown")
                 continue
             self.runner.table.add(result.load.digest, result.chunks, result.load.pages)
+            self._tier.came(result.load.digest)
             self.scheduler.adapter_loaded(result.load.digest)
         return outputs
+
+    def _let_go(self) -> None:
+        """Keep nothing of forgotten adapters that no request needs any more."""
+        if not self._leaving:
+            return
+        known = self.scheduler.stats().residency
+        for digest in [digest for digest in self._leaving if digest not in known]:
+            self._leaving.discard(digest)
+            self._images.pop(digest, None)
+            self._tier.forget(digest)
+            self.pager.forget(digest)
 
     def _sampling_row(self, seq: int) -> SamplingRow:
         sequence = self.scheduler.sequence(seq)

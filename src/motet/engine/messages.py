@@ -34,12 +34,20 @@ class Abort(Message, frozen=True):
 
 
 class Register(Message, frozen=True):
-    """Server → engine: an adapter's packed image is at `image`."""
+    """Server → engine: an adapter's packed image is at `image`; the directory `source` is what it was made from."""
 
     call: int
     digest: str
     image: str
     num_pages: int
+    source: str = ""
+
+
+class Remade(Message, frozen=True):
+    """Server → engine: the answer to Missing; `error` is why the image cannot be made again."""
+
+    digest: str
+    error: str | None = None
 
 
 class Forget(Message, frozen=True):
@@ -47,6 +55,21 @@ class Forget(Message, frozen=True):
 
     call: int
     digest: str
+
+
+class Prefetch(Message, frozen=True):
+    """Server → engine: load this adapter soon, if there is room that nobody wants."""
+
+    call: int
+    digest: str
+
+
+class Pin(Message, frozen=True):
+    """Server → engine: never evict this adapter, or do so again."""
+
+    call: int
+    digest: str
+    pinned: bool
 
 
 class GetStats(Message, frozen=True):
@@ -74,6 +97,13 @@ class Ready(Message, frozen=True):
     max_model_len: int
 
 
+class Missing(Message, frozen=True):
+    """Engine → server: a request waits for an adapter whose image is not on disk; make it again from `source`."""
+
+    digest: str
+    source: str
+
+
 class Outputs(Message, frozen=True):
     """Engine → server: what a step gave."""
 
@@ -96,17 +126,17 @@ class Fatal(Message, frozen=True):
     code: str
 
 
-Inbound = Submit | Abort | Register | Forget | GetStats | Shutdown
+Inbound = Submit | Abort | Register | Remade | Forget | Prefetch | Pin | GetStats | Shutdown
 
 
 class Wake:
     """Never on the wire: the pager tells the loop that a load has ended."""
 
 
-Inbox = queue.SimpleQueue[Inbound | Wake | None]
-"""What the engine's loop reads; None is the end."""
+Inbox = queue.SimpleQueue[Inbound | Missing | Wake | None]
+"""What the engine's loop reads; None is the end. Missing comes from the pager, to be sent on."""
 
-Outbound = Progress | Ready | Outputs | Reply | Fatal
+Outbound = Progress | Ready | Outputs | Missing | Reply | Fatal
 
 _ERRORS: dict[str, type[MotetError]] = {
     kind.code: kind

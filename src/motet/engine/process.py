@@ -27,10 +27,14 @@ from motet.engine.messages import (
     Inbound,
     Inbox,
     Message,
+    Missing,
     Outputs,
+    Pin,
+    Prefetch,
     Progress,
     Ready,
     Register,
+    Remade,
     Reply,
     Shutdown,
     Submit,
@@ -59,7 +63,7 @@ def serve(engine: Engine, inbox: Inbox, send: Send) -> None:
             _send_outputs(engine.step(), send)
 
 
-def handle(engine: Engine, message: Inbound, send: Send) -> None:
+def handle(engine: Engine, message: Inbound | Missing, send: Send) -> None:
     """Apply one message between two steps."""
     match message:
         case Submit(requests):
@@ -68,12 +72,27 @@ def handle(engine: Engine, message: Inbound, send: Send) -> None:
         case Abort(ids):
             for request_id in ids:
                 _send_outputs(engine.abort(request_id), send)
-        case Register(call, digest, image, num_pages):
-            _reply(call, send, lambda: engine.register_adapter(digest, Path(image), num_pages))
-        case Forget(call, digest):
-            _reply(call, send, lambda: engine.forget_adapter(digest))
+        case Register() | Forget() | Prefetch() | Pin():
+            _reply(message.call, send, lambda: _change(engine, message))
+        case Missing():
+            send(message)
+        case Remade(digest, error):
+            engine.image_remade(digest, error)
         case GetStats(call):
             send(Reply(call, stats=engine.stats()))
+
+
+def _change(engine: Engine, message: Register | Forget | Prefetch | Pin) -> None:
+    """Apply what is said of one adapter."""
+    match message:
+        case Register(_, digest, image, num_pages, source):
+            engine.register_adapter(digest, Path(image), num_pages, source)
+        case Forget(_, digest):
+            engine.forget_adapter(digest)
+        case Prefetch(_, digest):
+            engine.prefetch(digest)
+        case Pin(_, digest, pinned):
+            engine.pin_adapter(digest, pinned)
 
 
 def fatal(error: BaseException) -> Fatal:
@@ -88,6 +107,8 @@ def _reply(call: int, send: Send, action: Callable[[], None]) -> None:
         action()
     except MotetError as error:
         send(Reply(call, error=str(error), code=error.code))
+    except OSError as error:  # of an image that has left the disk since it was prepared
+        send(Reply(call, error=str(error), code=MotetError.code))
     else:
         send(Reply(call))
 
@@ -113,7 +134,10 @@ def main() -> int:
     threading.Thread(target=_read, args=(stream, inbox), name="motet-inbox", daemon=True).start()
     try:
         engine = Engine(
-            config, lambda stage, fraction: send(Progress(stage, fraction)), lambda: inbox.put(Wake())
+            config,
+            lambda stage, fraction: send(Progress(stage, fraction)),
+            lambda: inbox.put(Wake()),
+            lambda digest, source: inbox.put(Missing(digest, source)),
         )
         send(Ready(engine.spec, engine.runner.pool.page_bytes, engine.max_model_len))
         serve(engine, inbox, send)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from motet.types import AdapterRecord, Delta, EngineStats, ModelSpec, SamplingParams
+from motet.types import ANYBODY, Account, AdapterRecord, Delta, EngineStats, ModelSpec, SamplingParams
 
 
 class Generator(Protocol):
@@ -35,7 +35,12 @@ class Generator(Protocol):
     def decode_token(self, token_id: int) -> str: ...
 
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        adapter: str,
+        request_id: str,
+        account: Account = ANYBODY,
     ) -> AsyncIterator[Delta]:
         """Yield the deltas of all `params.n` choices interleaved; each choice ends with exactly one that has
         `finish`.
@@ -46,6 +51,14 @@ class Generator(Protocol):
         ...
 
     async def stats(self) -> EngineStats: ...
+
+    async def prefetch(self, adapter: str) -> None:
+        """Bring an adapter, by digest, into the pool soon, if there is room that nobody wants."""
+        ...
+
+    async def pin_adapter(self, adapter: str, pinned: bool) -> None:
+        """Never evict an adapter, or do so again. Raises CapacityExceeded if all that is pinned would take too much."""
+        ...
 
 
 class AdapterHost(Protocol):
@@ -73,12 +86,24 @@ class AdapterHost(Protocol):
 
     async def unload(self, name: str) -> AdapterRecord: ...
 
-    def resolve(self, name: str) -> AdapterRecord | None:
-        """The adapter of this name; None is the base. Raises ModelNotFound that lists what exists."""
+    async def want(self, name: str, tenant: str | None = None) -> None:
+        """Make `name` known, where there is a place to look for names that are not served yet."""
         ...
 
-    def hold(self, name: str) -> AbstractContextManager[AdapterRecord | None]:
+    def resolve(self, name: str, user: str = "", tenant: str | None = None) -> AdapterRecord | None:
+        """The adapter of this name; None is the base. Raises ModelNotFound that lists what exists.
+
+        An alias may stand for another adapter with each `user`, always the same. Raises what a policy has against
+        serving it to `tenant` (None: to anybody at all).
+        """
+        ...
+
+    def hold(
+        self, name: str, user: str = "", tenant: str | None = None
+    ) -> AbstractContextManager[AdapterRecord | None]:
         """`resolve`, and the engine keeps accepting the digest until the block ends, wherever the name goes."""
         ...
 
-    def records(self) -> list[AdapterRecord]: ...
+    def records(self, tenant: str | None = None) -> list[AdapterRecord]:
+        """All adapters, aliases among them; of those that a policy judges, what exists for `tenant`."""
+        ...

@@ -22,6 +22,8 @@ from motet.types import Chunk, Plan
 class Runner:
     """The model, the pool and the adapter table of one device."""
 
+    graph_replays = graph_captures = 0  # a CPU has no graphs
+
     def __init__(self, decoder: Decoder, pool: Pool) -> None:
         self.decoder = decoder
         self.pool = pool

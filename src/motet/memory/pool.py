@@ -6,6 +6,7 @@ Who owns a page is decided in `memory.pages` and `adapters.residency`; this room
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -78,29 +79,41 @@ class Pool:
         event.record()
         return event
 
-    def fill(self, pages: Sequence[int], content: NDArray[np.uint8], after: Mark = None) -> None:
-        """Write `content` [n, page_bytes] into these pages. On a GPU: beside its steps, complete when this returns.
+    def fill(
+        self, pages: Sequence[int], content: Sequence[NDArray[np.uint8] | Tensor], after: Mark = None
+    ) -> None:
+        """Write `content`, runs [n, page_bytes], into these pages. On a GPU: beside its steps, complete when this
+        returns; it fetches tensors, which must be pinned, itself, and arrays by way of a pinned buffer.
 
         `after` is the last step that may still use what was in them.
         """
         if self.data.device.type == "cpu":
             target = self.data.numpy()
-            for page, source in zip(pages, content, strict=True):
+            for page, source in zip(pages, chain.from_iterable(map(np.asarray, content)), strict=True):
                 target[page] = source
             return
         stream = torch.cuda.Stream()
         if after is not None:
             stream.wait_event(after)
-        staged = torch.empty(
-            min(len(pages), STAGED_PAGES), self.page_bytes, dtype=torch.uint8, pin_memory=True
-        )
         with torch.cuda.stream(stream):
-            for begin in range(0, len(pages), STAGED_PAGES):
-                some = content[begin : begin + STAGED_PAGES]
-                staged.numpy()[: len(some)] = some
-                where = torch.tensor(pages[begin : begin + len(some)], device=self.data.device)
-                self.data.index_copy_(0, where, staged[: len(some)].to(self.data.device, non_blocking=True))
-                stream.synchronize()  # before the next pages take their place
+            where = torch.tensor(pages, device=self.data.device)
+            for run in content:
+                places, where = where[: len(run)], where[len(run) :]
+                for begin in range(0, len(run), STAGED_PAGES):
+                    some = run[begin : begin + STAGED_PAGES]
+                    fetched = self._fetch(some, stream)
+                    self.data.index_copy_(0, places[begin : begin + len(some)], fetched)
+            stream.synchronize()
+
+    def _fetch(self, some: NDArray[np.uint8] | Tensor, stream: torch.cuda.Stream) -> Tensor:
+        """Pages on the device, in memory of `stream`'s own; the source may be written to again."""
+        if isinstance(some, Tensor):
+            return some.to(self.data.device, non_blocking=True)
+        staged = torch.empty(some.shape, dtype=torch.uint8, pin_memory=True)
+        staged.numpy()[:] = some
+        fetched = staged.to(self.data.device, non_blocking=True)
+        stream.synchronize()
+        return fetched
 
     @property
     def flat(self) -> Tensor:
