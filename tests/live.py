@@ -24,11 +24,16 @@ _SAMPLE = re.compile(r"^(\S+) (\S+)$", re.MULTILINE)
 
 @dataclass
 class LiveServer:
-    """A server that is up. `log` grows with the lines of its standard error."""
+    """A server that is up. `log` grows with the lines of its standard error; `key` is what it is asked with."""
 
     process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
     url: str = ""
+    key: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     @property
     def pid(self) -> int:
@@ -42,10 +47,10 @@ class LiveServer:
         return child
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30)
+        return httpx.get(self.url + path, headers=self.headers, timeout=30)
 
     def post(self, path: str, body: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60)
+        return httpx.post(self.url + path, json=body, headers=self.headers, timeout=60)
 
     def samples(self) -> dict[str, float]:
         """What /metrics says, by series."""

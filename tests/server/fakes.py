@@ -11,15 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import msgspec
 from fastapi import FastAPI
 
 from motet.config import ServerConfig
 from motet.errors import EngineDead, InvalidRequest, MotetError
 from motet.observe.metrics import Metrics
+from motet.observe.tracing import NO_TRACER, Tracer
 from motet.registry.catalog import Catalog
 from motet.server.app import create_app
+from motet.server.gate import Tenancy
 from motet.server.run import serve
-from motet.types import Delta, EngineStats, KVGroup, ModelSpec, PreparedAdapter, SamplingParams, TokenLogprob
+from motet.types import (
+    ANYBODY,
+    Account,
+    Delta,
+    EngineStats,
+    KVGroup,
+    ModelSpec,
+    PreparedAdapter,
+    SamplingParams,
+    TokenLogprob,
+)
 
 SPEC = ModelSpec(
     architecture="FakeForCausalLM",
@@ -52,9 +65,11 @@ class FakeGenerator:
         self.failure: Exception | None = None
         self.cached = 2
         self.calls: list[tuple[tuple[int, ...], SamplingParams, str, str]] = []
+        self.accounts: list[Account] = []
         self.running = 0
         self.aborted: list[str] = []
         self.yielded = 0
+        self.prefetched: list[str] = []
         self.snapshot = EngineStats(
             running=1, waiting=2, total_pages=100, free_pages=40, kv_pages=30, adapter_pages=20
         )
@@ -71,9 +86,15 @@ class FakeGenerator:
         return chr(token_id) if token_id < 128 else "\N{REPLACEMENT CHARACTER}"
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, adapter: str, request_id: str
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        adapter: str,
+        request_id: str,
+        account: Account = ANYBODY,
     ) -> AsyncIterator[Delta]:
         self.calls.append((tuple(prompt), params, adapter, request_id))
+        self.accounts.append(account)
         if self.refusal is not None:
             raise self.refusal
         self.running += 1
@@ -105,7 +126,15 @@ class FakeGenerator:
                     logprobs=(TokenLogprob(token, -0.5, top),) if params.logprobs is not None else (),
                     finish=("length" if len(self.words) >= params.max_tokens else "stop") if last else None,
                     cached_tokens=self.cached,
+                    queue_seconds=0.02 if position == 0 else None,
                 )
+
+    async def prefetch(self, adapter: str) -> None:
+        self.prefetched.append(adapter)
+
+    async def pin_adapter(self, adapter: str, pinned: bool) -> None:
+        kept = {*self.snapshot.pinned, adapter} if pinned else {*self.snapshot.pinned} - {adapter}
+        self.snapshot = msgspec.structs.replace(self.snapshot, pinned=tuple(kept))
 
     async def stats(self) -> EngineStats:
         if not self.alive:
@@ -119,14 +148,16 @@ class FakeEngine:
 
     known: set[str] = field(default_factory=set)
     log: list[tuple[str, str]] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
 
-    async def register_adapter(self, digest: str, image: str, num_pages: int) -> None:
+    async def register_adapter(self, digest: str, image: str, num_pages: int, source: str) -> None:
         assert digest not in self.known
         assert image
         assert num_pages > 0
         await asyncio.sleep(self.delay)
         self.known.add(digest)
+        self.sources[digest] = source
         self.log.append(("register", digest))
 
     async def forget_adapter(self, digest: str) -> None:
@@ -145,6 +176,7 @@ def prepare(path: Path) -> PreparedAdapter:
         num_parameters=1234,
         num_pages=3,
         size_bytes=4096,
+        source=str(path),
     )
 
 
@@ -198,13 +230,25 @@ class House:
         return self.post("/v1/completions", {"model": "base", "prompt": "abc", **fields})
 
 
-def build(generator: FakeGenerator | None = None, config: ServerConfig | None = None) -> House:
+def build(
+    generator: FakeGenerator | None = None,
+    config: ServerConfig | None = None,
+    tenancy: Tenancy | None = None,
+    tracer: Tracer = NO_TRACER,
+) -> House:
     generator = generator or FakeGenerator()
     config = config or ServerConfig()
     engine = FakeEngine()
     catalog = Catalog(SPEC, "base", "/models/fake", prepare, engine)
     metrics = Metrics(catalog.base)
-    return House(generator, engine, catalog, metrics, config, create_app(generator, catalog, config, metrics))
+    return House(
+        generator,
+        engine,
+        catalog,
+        metrics,
+        config,
+        create_app(generator, catalog, config, metrics, tenancy, tracer),
+    )
 
 
 @contextlib.contextmanager

@@ -173,8 +173,10 @@ def test_a_long_list_of_models_is_cut(tmp_path: Path) -> None:
 
 def test_an_engine_that_refuses_leaves_no_name(tmp_path: Path) -> None:
     class Refusing(FakeEngine):
-        async def register_adapter(self, digest: str, image: str, num_pages: int) -> None:
-            raise AdapterRefused(f"{digest} at {image} has {num_pages} pages, which is more than the pool")
+        async def register_adapter(self, digest: str, image: str, num_pages: int, source: str) -> None:
+            raise AdapterRefused(
+                f"{digest} at {image} of {source} has {num_pages} pages, which is more than the pool"
+            )
 
     async def scenario() -> None:
         host = catalog(Refusing())

@@ -6,12 +6,15 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from motet.observe.log import setup
+from motet.tenancy.keys import key_id_of
 
 from .fakes import House
+from .tenants import platform
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +62,28 @@ def test_requests_are_logged_without_what_they_carry(house: House) -> None:
     assert "POST /v1/completions" in lines
     assert "model=base status=200" in lines
     assert "secret" not in lines
+
+
+def test_a_line_of_json_says_who_asked_and_not_what(tmp_path: Path) -> None:
+    served = platform(tmp_path)
+    stream = io.StringIO()
+    setup(as_json=True, stream=stream)
+    messages = [{"role": "user", "content": "my secret"}]
+    served.ask(
+        served.acme,
+        "POST",
+        "/v1/chat/completions?q=secret",
+        {"model": "acme/poet", "messages": messages},
+        **{"x-request-id": "abc"},
+    )
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    (line,) = [line for line in lines if line["logger"] == "motet.server.envelope"]
+    assert {
+        "request_id": "abc",
+        "model": "acme/poet",
+        "status": 200,
+        "tenant": "acme",
+    }.items() <= line.items()
+    assert line["key"] == key_id_of(served.acme)
+    ours = [str(line) for line in lines if line["logger"].startswith("motet")]
+    assert not any("secret" in line or served.acme.split("-", 2)[2] in line for line in ours)

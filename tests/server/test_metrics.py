@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from motet.observe.metrics import MAX_LABELS, Metrics
+from motet.config import TenantPolicy
+from motet.observe.metrics import Metrics
+from motet.observe.series import MAX_LABELS
 from motet.types import AdapterRecord, Delta, EngineStats
 
 from .fakes import House
+from .tenants import platform
 
 
 def scrape(text: str) -> dict[str, dict[tuple[str, ...], float]]:
@@ -44,6 +49,8 @@ def test_requests_and_tokens(house: House, poet: str) -> None:
     assert samples["motet_prompt_tokens_total"] == {("poet",): 16, ("base",): 8}
     assert samples["motet_cached_prompt_tokens_total"] == {("poet",): 4, ("base",): 2}
     assert samples["motet_generation_tokens_total"] == {("poet",): 7, ("base",): 3}
+    assert samples["motet_queue_seconds_count"] == {("poet",): 3, ("base",): 1}
+    assert samples["motet_queue_seconds_sum"]["poet",] == pytest.approx(0.06)
     assert samples["motet_ttft_seconds_count"] == {("poet",): 2, ("base",): 1}
     assert samples["motet_inter_token_seconds_count"] == {("poet",): 4, ("base",): 2}
     assert samples["motet_e2e_seconds_count"] == {("poet",): 2, ("base",): 1}
@@ -62,6 +69,9 @@ def test_the_engine_at_scrape_time(house: House, poet: str) -> None:
     assert samples["motet_engine_up"] == {(): 1}
     assert samples["motet_adapter_resident"] == {("poet",): 1}
     assert samples["motet_adapter_loads_total"] == {(): 4}
+    assert samples["motet_adapter_states"] == {
+        ("ready",): 1, ("absent",): 0, ("loading",): 0, ("draining",): 0
+    }  # fmt: skip
     assert samples["motet_pool_pages"] == {
         ("total",): 100, ("free",): 40, ("kv",): 30, ("cached",): 10, ("adapter",): 20
     }  # fmt: skip
@@ -110,6 +120,37 @@ def test_unloaded_names_leave_no_series() -> None:
     assert samples["motet_requests_total"] == {("other", "stop"): 1000}
     assert "motet_ttft_seconds_count" not in samples
     assert "motet_errors_total" not in samples
+
+
+def test_tenants_have_series_of_their_own(tmp_path: Path) -> None:
+    served = platform(tmp_path, acme=TenantPolicy(max_concurrent=1, requests_per_minute=3))
+    served.chat(served.acme, n=2)
+    served.chat(served.acme, model="acme/poet")
+    served.chat(served.acme, temperature=9)
+    served.chat(served.acme)
+    served.chat(served.beta, max_tokens=3)
+    served.chat(None)
+    served.ask(served.beta, "GET", "/metrics")
+    samples = scrape(served.ask(served.monitor, "GET", "/metrics").text)
+    assert samples["motet_tenant_requests_total"] == {("stop", "acme"): 2, ("length", "beta"): 1}
+    assert samples["motet_tenant_errors_total"] == {
+        ("invalid_request", "acme"): 1, ("rate_limit_exceeded", "acme"): 1, ("forbidden", "beta"): 1
+    }  # fmt: skip
+    assert samples["motet_errors_total"]["invalid_api_key", "unknown"] == 1
+    assert samples["motet_tenant_prompt_tokens_total"] == {("acme",): 16, ("beta",): 8}
+    assert samples["motet_tenant_generation_tokens_total"] == {("acme",): 9, ("beta",): 3}
+    for name, counts in {"queue": (3, 1), "ttft": (2, 1), "inter_token": (6, 2), "e2e": (2, 1)}.items():
+        assert samples[f"motet_tenant_{name}_seconds_count"] == {("acme",): counts[0], ("beta",): counts[1]}
+
+
+def test_tenants_are_bounded_too() -> None:
+    metrics = Metrics("base")
+    for i in range(MAX_LABELS + 50):
+        metrics.request("base", 1, 0.0, f"t{i}").end("stop", 0)
+        metrics.error("base", "oops", f"t{i}")
+    samples = scrape(metrics.render(None, []).decode())
+    assert len(samples["motet_tenant_requests_total"]) == MAX_LABELS + 1
+    assert samples["motet_tenant_requests_total"]["stop", "other"] == 50
 
 
 def test_a_choice_that_gives_several_tokens_at_once() -> None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
+import pytest
+
+from motet.config import ServerConfig
+from motet.errors import ConfigError
+from motet.server.run import serve
 
 from .fakes import FakeGenerator, build, listening, run, until
 
@@ -73,6 +79,33 @@ def test_an_engine_that_dies_ends_every_stream() -> None:
 
     with listening(house) as url:
         run(scenario(url))
+
+
+def test_operators_have_a_port_of_their_own() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = ServerConfig(port=0, admin_port=port)
+    house = build(config=config)
+
+    async def scenario() -> None:
+        url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        serving = asyncio.create_task(serve(house.app, config, on_ready=url.set_result))
+        main, side = await url, f"http://127.0.0.1:{port}"
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"{main}/metrics")).status_code == 404
+            assert (await client.post(f"{main}/v1/completions", json=COMPLETION)).status_code == 200
+            assert (await client.get(f"{side}/metrics")).status_code == 200
+            assert (await client.post(f"{side}/v1/completions", json=COMPLETION)).status_code == 404
+            for either in (main, side):
+                assert (await client.get(f"{either}/health")).status_code == 200
+            with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
+                await serve(house.app, config)
+        house.app.state.lifecycle.drain()
+        await asyncio.wait_for(serving, 10)
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port))
+
+    run(scenario())
 
 
 PROGRAM = """

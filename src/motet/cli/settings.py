@@ -15,6 +15,17 @@ from motet.errors import ConfigError
 EMBEDDED = "embedded"
 """The name of the small model that Motet fetches itself; served when no other is named."""
 
+SAGEMAKER_MODEL = "/opt/ml/model"
+SAGEMAKER: dict[str, Any] = {
+    "host": "0.0.0.0",
+    "port": 8080,
+    "allow_open": True,
+    "adapter_roots": ("/opt/ml",),
+}
+"""What SageMaker expects of a container: where it puts models, where it asks. It lets nobody in but those who may."""
+
+_TABLES = ("engine", "server", "adapters", "tenants")
+
 
 class Settings(msgspec.Struct, frozen=True):
     """What `motet serve` runs with."""
@@ -26,22 +37,36 @@ class Settings(msgspec.Struct, frozen=True):
 def read_settings(
     file: Path | None, engine: Mapping[str, Any], server: Mapping[str, Any], adapters: Sequence[str]
 ) -> Settings:
-    """Merge `motet.toml` (tables [engine], [server], [adapters]) with the options given; None means not given.
+    """Merge `motet.toml` with the options given; None means not given. Its tables: [engine], [server], [adapters] and,
+    for each tenant, [tenants.NAME].
 
     Raises ConfigError naming the file and the key at fault.
     """
     tables = _read(file) if file is not None else {}
     named = {**tables.get("adapters", {}), **_by_name(adapters)}
+    asked = {**tables.get("server", {}), **_given(server)}
+    contract = asked.get("sagemaker") is True
     merged = {
-        "engine": {"model": EMBEDDED, **tables.get("engine", {}), **_given(engine)},
-        "server": {**tables.get("server", {}), **_given(server), "adapters": named},
+        "engine": {
+            "model": SAGEMAKER_MODEL if contract else EMBEDDED,
+            **tables.get("engine", {}),
+            **_given(engine),
+        },
+        "server": {
+            **(SAGEMAKER if contract else {}),
+            **asked,
+            "adapters": named,
+            "tenants": tables.get("tenants", {}),
+        },
     }
     try:
         settings = msgspec.convert(merged, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file or 'options'}: {error}") from error
-    if not 0 <= settings.server.port <= 65535:
-        raise ConfigError(f"port must be between 0 and 65535, got {settings.server.port}")
+    for name in ("port", "admin_port"):
+        port = getattr(settings.server, name)
+        if port is not None and not 0 <= port <= 65535:
+            raise ConfigError(f"{name} must be between 0 and 65535, got {port}")
     return settings
 
 
@@ -89,10 +114,11 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     for name, table in tables.items():
-        if name not in ("engine", "server", "adapters"):
-            raise ConfigError(f"{file}: unknown table [{name}]; there are [engine], [server] and [adapters]")
+        if name not in _TABLES:
+            raise ConfigError(f"{file}: unknown table [{name}]; there are [{'], ['.join(_TABLES)}]")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {name} must be a table, [{name}]")
-    if "adapters" in tables.get("server", {}):
-        raise ConfigError(f"{file}: adapters have a table of their own, [adapters], outside [server]")
+    for name in ("adapters", "tenants"):
+        if name in tables.get("server", {}):
+            raise ConfigError(f"{file}: {name} have a table of their own, [{name}], outside [server]")
     return tables

@@ -1,8 +1,9 @@
 """What operators and gateways read: counts and latencies per model, the pool, and vLLM's names of the same.
 
-Served names become the label `model`. Adapters come and go, so the set of labels is bounded: a name has one
-from `track` (it was resolved) to `forget` (it was unloaded), at most MAX_LABELS adapters at a time; the rest
-counts as "other". Gauges are not kept: they are made from an EngineStats snapshot when somebody scrapes.
+Served names become the label `model`, tenants the label `tenant` of series of their own. Adapters come and go, so the
+set of labels is bounded: a name has one from `track` (it was resolved) to `forget` (it was unloaded), at most
+MAX_LABELS adapters at a time; the rest counts as "other". Gauges are not kept: they are made from an EngineStats
+snapshot when somebody scrapes.
 """
 
 from __future__ import annotations
@@ -10,19 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from motet.observe.series import MAX_LABELS, Series
+from motet.observe.tiers import tier_metrics
 from motet.types import AdapterRecord, Delta, EngineStats
 
-MAX_LABELS = 200
-OTHER = "other"
 UNKNOWN = "unknown"  # the request failed before its model was known
-
-_TTFT = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60)
-_INTER_TOKEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 2)
-_E2E = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 
 
 class Metrics:
@@ -30,71 +27,37 @@ class Metrics:
 
     def __init__(self, base: str) -> None:
         self.base = base
-        self._labels: set[str] = set()
-        self.registry = registry = CollectorRegistry()
-        model = ("model",)
-        self._requests = Counter(
-            "motet_requests",
-            "Accepted requests that ended, by outcome",
-            ("model", "outcome"),
-            registry=registry,
-        )
-        self._errors = Counter(
-            "motet_errors", "Requests that failed, by error code", ("model", "code"), registry=registry
-        )
-        self._prompt = Counter(
-            "motet_prompt_tokens", "Prompt tokens of accepted requests", model, registry=registry
-        )
-        self._cached = Counter(
-            "motet_cached_prompt_tokens",
-            "Prompt tokens that were not computed again",
-            model,
-            registry=registry,
-        )
-        self._generated = Counter("motet_generation_tokens", "Generated tokens", model, registry=registry)
-        self._ttft = Histogram(
-            "motet_ttft_seconds",
-            "From a request's arrival to its first token",
-            model,
-            buckets=_TTFT,
-            registry=registry,
-        )
-        self._inter_token = Histogram(
-            "motet_inter_token_seconds",
-            "Between tokens of a choice",
-            model,
-            buckets=_INTER_TOKEN,
-            registry=registry,
-        )
-        self._e2e = Histogram(
-            "motet_e2e_seconds", "From a request's arrival to its end", model, buckets=_E2E, registry=registry
-        )
+        self.registry = CollectorRegistry()
+        self.models = Series(self.registry, "motet", "model")
+        self.tenants = Series(self.registry, "motet_tenant", "tenant")
 
     def track(self, model: str) -> None:
         """Give a served name its label, while there is room."""
-        if len(self._labels) < MAX_LABELS:
-            self._labels.add(model)
+        self.models.track(model)
 
     def forget(self, model: str) -> None:
         """Drop an unloaded name and its series; what is still in flight counts as "other"."""
-        self._labels.discard(model)
-        for metric in (
-            self._requests, self._errors, self._prompt, self._cached,
-            self._generated, self._ttft, self._inter_token, self._e2e,
-        ):  # fmt: skip
-            metric.remove_by_labels({"model": model})
+        self.models.forget(model)
 
-    def error(self, model: str, code: str) -> None:
+    def error(self, model: str, code: str, tenant: str = "") -> None:
         """Count a failed request; `model` may be UNKNOWN."""
-        self._errors.labels(model if model == UNKNOWN else self.label(model), code).inc()
+        self.models.errors.labels(model if model == UNKNOWN else self.label(model), code).inc()
+        if tenant:
+            self.tenants.track(tenant)
+            self.tenants.errors.labels(self.tenants.of(tenant), code).inc()
 
-    def request(self, model: str, prompt_tokens: int, arrival: float) -> Meter:
-        """Begin to measure an accepted request that arrived at `arrival` (`time.perf_counter` seconds)."""
-        self._prompt.labels(self.label(model)).inc(prompt_tokens)
-        return Meter(self, model, arrival)
+    def request(self, model: str, prompt_tokens: int, arrival: float, tenant: str = "") -> Meter:
+        """Begin to measure an accepted request that arrived at `arrival` (`time.perf_counter` seconds).
+
+        `tenant` is "" where there are none.
+        """
+        meter = Meter(self, model, arrival, tenant)
+        for series, label in meter.labels():
+            series.on(series.prompt, label).inc(prompt_tokens)
+        return meter
 
     def label(self, model: str) -> str:
-        return model if model == self.base or model in self._labels else OTHER
+        return model if model == self.base else self.models.of(model)
 
     def render(self, stats: EngineStats | None, records: Sequence[AdapterRecord]) -> bytes:
         """All series in Prometheus' text format; the engine's are left out without `stats`."""
@@ -106,30 +69,46 @@ class Metrics:
 class Meter:
     """Measures one request: every delta, then one end."""
 
-    def __init__(self, metrics: Metrics, model: str, arrival: float) -> None:
+    def __init__(self, metrics: Metrics, model: str, arrival: float, tenant: str) -> None:
         self._metrics = metrics
         self._model = model
         self._arrival = arrival
+        self._tenant = tenant
         self._last: dict[int, float] = {}  # by choice: when its latest tokens came
+        if tenant:
+            metrics.tenants.track(tenant)
+
+    def labels(self) -> list[tuple[Series, str]]:
+        """Where this request counts now: a model may have been unloaded since."""
+        metrics = self._metrics
+        found = [(metrics.models, metrics.label(self._model))]
+        if self._tenant:
+            found.append((metrics.tenants, metrics.tenants.of(self._tenant)))
+        return found
 
     def delta(self, delta: Delta) -> None:
+        labels = self.labels()
+        if delta.queue_seconds is not None:
+            for series, label in labels:
+                series.on(series.queue, label).observe(delta.queue_seconds)
         if not delta.token_ids:
             return
-        metrics, label, now = self._metrics, self._metrics.label(self._model), time.perf_counter()
-        count = len(delta.token_ids)
-        if not self._last:
-            metrics._ttft.labels(label).observe(now - self._arrival)
-        elif delta.index in self._last:
-            metrics._inter_token.labels(label).observe((now - self._last[delta.index]) / count)
+        now, count = time.perf_counter(), len(delta.token_ids)
+        for series, label in labels:
+            if not self._last:
+                series.on(series.ttft, label).observe(now - self._arrival)
+            elif delta.index in self._last:
+                series.on(series.inter_token, label).observe((now - self._last[delta.index]) / count)
+            series.on(series.generated, label).inc(count)
         self._last[delta.index] = now
-        metrics._generated.labels(label).inc(count)
 
     def end(self, outcome: str, cached_tokens: int) -> None:
         """`outcome` is stop, length, error or cancelled."""
-        label = self._metrics.label(self._model)
-        self._metrics._requests.labels(label, outcome).inc()
-        self._metrics._cached.labels(label).inc(cached_tokens)
-        self._metrics._e2e.labels(label).observe(time.perf_counter() - self._arrival)
+        seconds = time.perf_counter() - self._arrival
+        for series, label in self.labels():
+            series.requests.labels(label, outcome).inc()
+            series.on(series.cached, label).inc(cached_tokens)
+            series.on(series.e2e, label).observe(seconds)
 
 
 class _Snapshot(Collector):
@@ -145,6 +124,7 @@ class _Snapshot(Collector):
         if self._stats is not None:
             yield from self._engine(self._stats)
             yield from self._adapters(self._stats)
+            yield from tier_metrics(self._stats)
             yield from self._vllm(self._stats)
 
     def _engine(self, stats: EngineStats) -> Iterator[Metric]:
@@ -161,6 +141,10 @@ class _Snapshot(Collector):
         )
         for name, text, value in (
             ("motet_engine_steps", "Engine steps", stats.steps),
+            ("motet_prefill_seconds", "Time of steps with prompts", stats.prefill_seconds),
+            ("motet_decode_seconds", "Time of steps without prompts", stats.decode_seconds),
+            ("motet_graph_replays", "Steps that ran as a captured graph", stats.graph_replays),
+            ("motet_graph_captures", "Graphs captured, and kernels compiled for them", stats.graph_captures),
             ("motet_preemptions", "Sequences put back to waiting", stats.preemptions),
             ("motet_prefix_hit_tokens", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens),
             (
@@ -182,11 +166,20 @@ class _Snapshot(Collector):
         for record in self._records[:MAX_LABELS]:
             resident.add_metric([record.name], stats.residency.get(record.digest) == "ready")
         yield resident
+        states = GaugeMetricFamily("motet_adapter_states", "Adapters by where they are", labels=["state"])
+        for state in ("absent", "loading", "ready", "draining"):
+            states.add_metric([state], list(stats.residency.values()).count(state))
+        yield states
+        loads = CounterMetricFamily(
+            "motet_model_loads", "Times that the adapter was copied into the pool", labels=["model"]
+        )
+        for record in self._records[:MAX_LABELS]:
+            loads.add_metric([record.name], stats.loads_by_adapter.get(record.digest, 0))
+        yield loads
 
     def _vllm(self, stats: EngineStats) -> Iterator[Metric]:
-        """What LoRA-aware gateways read of vLLM. `max_lora` is a capacity there; our pool takes any adapter,
-        so it is
-        the number of adapters served. KV usage is of the pages that adapters leave."""
+        """What LoRA-aware gateways read of vLLM. `max_lora` is a capacity there; our pool takes any adapter, so
+        it is the number of adapters served. KV usage is of the pages that adapters leave."""
         model = {"model_name": self._base}
         yield _gauge("vllm:num_requests_running", "As motet_requests_running", stats.running, model)
         yield _gauge("vllm:num_requests_waiting", "As motet_requests_waiting", stats.waiting, model)

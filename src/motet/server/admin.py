@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from motet.config import ServerConfig
 from motet.engine.protocol import AdapterHost
+from motet.errors import InvalidRequest
 from motet.observe.metrics import Metrics
 from motet.server.failures import Forbidden
 from motet.server.openai import ModelCard, Strict
+from motet.server.visible import Visible
+from motet.tenancy.access import Principal
 from motet.types import AdapterRecord
 
 logger = logging.getLogger(__name__)
@@ -35,23 +42,53 @@ class Admin:
         self._config = config
         self._metrics = metrics
 
-    async def load(self, asked: LoadRequest) -> ModelCard:
+    async def load(self, asked: LoadRequest, principal: Principal) -> ModelCard:
         self._check_allowed()
+        path = asked.lora_path
+        if principal.key or self._config.adapter_roots:
+            path = await asyncio.to_thread(confined, path, self._config.adapter_roots)
         replace = asked.replace or asked.load_inplace
-        record = await self._host.load(asked.lora_name, asked.lora_path, replace=replace)
-        logger.info("adapter loaded", extra={"adapter": record.name, "digest": record.digest})
+        record = await self._host.load(asked.lora_name, path, replace=replace)
+        fields = {"adapter": record.name, "digest": record.digest, "key": principal.key}
+        logger.info("adapter loaded", extra=fields)
         return adapter_card(record, self._host)
 
-    async def unload(self, asked: UnloadRequest) -> ModelCard:
+    async def unload(self, asked: UnloadRequest, principal: Principal) -> ModelCard:
+        Visible(self._host, principal).check(asked.lora_name)
+        if not principal.is_admin:
+            raise Forbidden(f"a key of role {principal.role!r} may not do this")
         self._check_allowed()
         record = await self._host.unload(asked.lora_name)
         self._metrics.forget(record.name)
-        logger.info("adapter unloaded", extra={"adapter": record.name, "digest": record.digest})
+        fields = {"adapter": record.name, "digest": record.digest, "key": principal.key}
+        logger.info("adapter unloaded", extra=fields)
         return adapter_card(record, self._host)
 
     def _check_allowed(self) -> None:
         if not self._config.allow_runtime_adapters:
             raise Forbidden("loading and unloading adapters at run time is switched off on this server")
+
+
+def confined(path: str, roots: Sequence[str]) -> str:
+    """`path` without links, if it and what lies in it is under one of `roots`. Raises InvalidRequest, nothing opened.
+
+    Links in it are followed here and must not leave the root either.
+    """
+    allowed = [Path(root).expanduser().resolve() for root in roots]
+    try:
+        found = Path(path).resolve()
+        for root in allowed:
+            if found.is_relative_to(root):
+                with os.scandir(found) as entries:
+                    inside = [Path(entry.path).resolve() for entry in entries if entry.is_symlink()]
+                if all(target.is_relative_to(root) for target in inside):
+                    return str(found)
+    except (OSError, ValueError, RuntimeError):  # no such folder; NUL in the path; a circle of links
+        pass
+    where = ", ".join(map(repr, roots)) or "none, as no adapter_roots are configured"
+    raise InvalidRequest(
+        f"{path[:200]!r} is not a folder in those that adapters may be loaded from: {where}", "lora_path"
+    )
 
 
 def base_card(host: AdapterHost) -> ModelCard:

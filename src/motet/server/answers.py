@@ -44,7 +44,7 @@ class Tally:
 
     def __init__(self, job: Job) -> None:
         self._n = job.n
-        self._prompt_tokens = sum(len(prompt.tokens) for prompt in job.prompts)
+        self._prompt_tokens = job.prompt_tokens
         self._generated = 0
         self._cached: dict[int, int] = {}  # by choice
 
@@ -90,30 +90,30 @@ class Writer(ABC):
     def with_logprobs(self) -> bool:
         return self._job.prompts[0].params.logprobs is not None
 
-    def opening(self) -> list[Answer]:
+    def opening(self) -> list[Answer[Choice]]:
         """The chunks that come before the first delta."""
         return []
 
     @abstractmethod
-    def chunks(self, delta: Delta) -> list[Answer]:
+    def chunks(self, delta: Delta) -> list[Answer[Choice]]:
         """The chunks that say `delta`; none if it has nothing to say yet."""
 
     @abstractmethod
     def choice(self, index: int, gathered: Gathered) -> Choice:
         """One choice of a whole answer."""
 
-    def closing(self, usage: Usage) -> Answer:
+    def closing(self, usage: Usage) -> Answer[Choice]:
         """The chunk after the last delta that reports usage."""
         return self._envelope(self.chunk_kind, [], usage)
 
-    def whole(self, gathered: Iterable[Gathered], usage: Usage) -> Answer:
+    def whole(self, gathered: Iterable[Gathered], usage: Usage) -> Answer[Choice]:
         """The answer in one piece."""
         return self._envelope(self.kind, [self.choice(i, g) for i, g in enumerate(gathered)], usage)
 
-    def _chunk(self, choice: Choice) -> Answer:
+    def _chunk(self, choice: Choice) -> Answer[Choice]:
         return self._envelope(self.chunk_kind, [choice], self._chunk_usage)
 
-    def _envelope(self, kind: str, choices: list[Choice], usage: Usage | UnsetType | None) -> Answer:
+    def _envelope(self, kind: str, choices: list[Choice], usage: Usage | UnsetType | None) -> Answer[Choice]:
         job = self._job
         return Answer(job.id, kind, self._created, job.model, job.fingerprint, choices, usage)
 
@@ -122,12 +122,12 @@ class ChatWriter(Writer):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def opening(self) -> list[Answer]:
+    def opening(self) -> list[Answer[Choice]]:
         role = ChatDelta(role="assistant", content="")
         return [self._chunk(ChatChunkChoice(index, role)) for index in range(self.choices)]
 
-    def chunks(self, delta: Delta) -> list[Answer]:
-        said: list[Answer] = []
+    def chunks(self, delta: Delta) -> list[Answer[Choice]]:
+        said: list[Answer[Choice]] = []
         logprobs = self._logprobs(delta.logprobs) if self.with_logprobs and delta.logprobs else None
         if delta.text or logprobs:
             said.append(self._chunk(ChatChunkChoice(delta.index, ChatDelta(content=delta.text), logprobs)))
@@ -164,7 +164,7 @@ class CompletionWriter(Writer):
         super().__init__(job, decode_token)
         self._offsets: dict[int, int] = {}  # by choice: characters of token text so far
 
-    def chunks(self, delta: Delta) -> list[Answer]:
+    def chunks(self, delta: Delta) -> list[Answer[Choice]]:
         if not (delta.text or delta.finish or (self.with_logprobs and delta.logprobs)):
             return []
         reported = delta.logprobs if self.with_logprobs else ()

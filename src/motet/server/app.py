@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from importlib.metadata import version
 
 import msgspec
@@ -19,14 +19,26 @@ from motet.config import ServerConfig
 from motet.engine.protocol import AdapterHost, Generator
 from motet.errors import EngineDead
 from motet.observe.metrics import Metrics
+from motet.observe.tracing import NO_TRACER, Trace, Tracer
 from motet.server.admin import Admin, LoadRequest, UnloadRequest, adapter_card, base_card
 from motet.server.answers import ChatWriter, CompletionWriter, Tally, Writer
+from motet.server.describe import document
 from motet.server.envelope import Envelope, read_body
 from motet.server.failures import Unavailable, handlers
+from motet.server.flight import Flight
+from motet.server.gate import Gate, Tenancy
 from motet.server.intake import Intake, Job
 from motet.server.lifecycle import Lifecycle
-from motet.server.openai import ChatRequest, CompletionRequest, ModelList, R, parse
+from motet.server.openai import ChatRequest, CompletionRequest, ModelList, R, Sampling, parse
+from motet.server.prefetch import residency_routes
+from motet.server.registry_routes import registry_routes
+from motet.server.rollout import Rollout
+from motet.server.sticky import user_of
 from motet.server.stream import EventStream, deltas_of, events, whole
+from motet.server.visible import Visible
+from motet.tenancy.access import Guard, Principal
+from motet.tenancy.load import Load
+from motet.tenancy.quota import LocalCounters, Visit
 from motet.types import AdapterRecord, EngineStats
 
 logger = logging.getLogger(__name__)
@@ -34,10 +46,21 @@ _STATS_SECONDS = 2.0  # that a scrape waits for the engine
 DIGEST_HEADER = "X-Motet-Adapter-Digest"
 
 
-def create_app(generator: Generator, host: AdapterHost, config: ServerConfig, metrics: Metrics) -> FastAPI:
-    """The application over a generator and its models; its `state.lifecycle` is what a server drains."""
+def create_app(
+    generator: Generator,
+    host: AdapterHost,
+    config: ServerConfig,
+    metrics: Metrics,
+    tenancy: Tenancy | None = None,
+    tracer: Tracer = NO_TRACER,
+) -> FastAPI:
+    """The application over a generator and its models; its `state.lifecycle` is what a server drains.
+
+    Without `tenancy` nobody needs a key.
+    """
     lifecycle = Lifecycle()
-    routes = Routes(generator, host, config, metrics, lifecycle)
+    tenancy = tenancy or Tenancy(Guard(), LocalCounters(), Load(config.max_queued))
+    routes = Routes(generator, host, config, metrics, lifecycle, tenancy)
     app = FastAPI(
         title="Motet",
         version=version("motet"),
@@ -52,12 +75,16 @@ def create_app(generator: Generator, host: AdapterHost, config: ServerConfig, me
             Route("/ready", routes.ready, methods=["GET"]),
             Route("/version", routes.version, methods=["GET"]),
             Route("/metrics", routes.metrics, methods=["GET"]),
+            Route("/openapi.json", routes.openapi, methods=["GET"]),
+            *registry_routes(host, config),
+            *residency_routes(generator, host),
         ],
         exception_handlers=handlers(metrics),
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(Envelope, lifecycle=lifecycle, metrics=metrics)
+    app.add_middleware(Gate, guard=tenancy.guard, config=config, metrics=metrics)
+    app.add_middleware(Envelope, lifecycle=lifecycle, metrics=metrics, tracer=tracer)
     app.state.lifecycle = lifecycle
     return app
 
@@ -72,43 +99,52 @@ class Routes:
         config: ServerConfig,
         metrics: Metrics,
         lifecycle: Lifecycle,
+        tenancy: Tenancy,
     ) -> None:
         self._generator = generator
         self._host = host
         self._config = config
         self._metrics = metrics
         self._lifecycle = lifecycle
+        self._tenancy = tenancy
+        self._document = msgspec.json.encode(document(config))
         self._intake = Intake(generator, host, config)
         self._admin = Admin(host, config, metrics)
+        self._rollout = Rollout(generator, host)
 
     async def chat_completions(self, request: Request) -> Response:
         self._admit()
+        await self._enter(request)
         asked = await self._read(request, ChatRequest)
-        adapter = self._resolve(request, asked.model)
-        job = await self._intake.chat(asked, adapter)
-        return await self._answer(request, job, ChatWriter(job, self._generator.decode_token))
+        adapter = await self._resolve(request, asked)
+        job = await self._intake.chat(asked, adapter, _principal(request).account)
+        return await self._answer(request, job, adapter, ChatWriter(job, self._generator.decode_token))
 
     async def completions(self, request: Request) -> Response:
         self._admit()
+        await self._enter(request)
         asked = await self._read(request, CompletionRequest)
-        adapter = self._resolve(request, asked.model)
-        job = await self._intake.completion(asked, adapter)
-        return await self._answer(request, job, CompletionWriter(job, self._generator.decode_token))
+        adapter = await self._resolve(request, asked)
+        job = await self._intake.completion(asked, adapter, _principal(request).account)
+        return await self._answer(request, job, adapter, CompletionWriter(job, self._generator.decode_token))
 
-    async def models(self, _: Request) -> Response:
-        adapters = [adapter_card(record, self._host) for record in self._host.records()]
-        return _json(ModelList([base_card(self._host), *adapters]))
+    async def models(self, request: Request) -> Response:
+        visible = Visible(self._host, _principal(request))
+        base = [base_card(self._host)] if visible.base else []
+        return _json(ModelList([*base, *(adapter_card(record, self._host) for record in visible.records())]))
 
     async def model(self, request: Request) -> Response:
-        record = self._host.resolve(request.path_params["model"])
+        record = Visible(self._host, _principal(request)).resolve(request.path_params["model"])
         return _json(base_card(self._host) if record is None else adapter_card(record, self._host))
 
     async def load_adapter(self, request: Request) -> Response:
         self._lifecycle.admit()
-        return _json(await self._admin.load(await self._read(request, LoadRequest)))
+        asked = await self._read(request, LoadRequest)
+        return _json(await self._admin.load(asked, _principal(request)))
 
     async def unload_adapter(self, request: Request) -> Response:
-        return _json(await self._admin.unload(await self._read(request, UnloadRequest)))
+        asked = await self._read(request, UnloadRequest)
+        return _json(await self._admin.unload(asked, _principal(request)))
 
     async def health(self, _: Request) -> Response:
         """Liveness: restart this server when it is not 200."""
@@ -124,24 +160,59 @@ class Routes:
     async def version(self, _: Request) -> Response:
         return _json({"version": version("motet")})
 
+    async def openapi(self, _: Request) -> Response:
+        """What this server answers."""
+        return _json_bytes(self._document, {})
+
     async def metrics(self, _: Request) -> Response:
         stats = await self._stats()
         text = await asyncio.to_thread(self._metrics.render, stats, self._host.records())
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def _answer(self, request: Request, job: Job, writer: Writer) -> Response:
+    async def _enter(self, request: Request) -> None:
+        """Count the request, which is in flight until its end. Raises RateLimited."""
+        visit = request.state.visit = Visit(self._tenancy.counters, _principal(request).tenant)
+        await request.state.held.enter_async_context(visit)
+
+    async def _answer(
+        self, request: Request, job: Job, adapter: AdapterRecord | None, writer: Writer
+    ) -> Response:
         """Generate, and send what comes as it comes or all at once."""
-        tally = Tally(job)
-        prompt_tokens = tally.usage().prompt_tokens
-        meter = self._metrics.request(job.model, prompt_tokens, request.state.arrival)
-        deltas = deltas_of(job, self._generator, meter, tally)
+        flight = await self._start(request, job, adapter)
+        deltas = deltas_of(job, self._generator, flight)
+        deltas = self._rollout.watch(deltas, job, request.state.arrival)
         headers = {DIGEST_HEADER: job.digest or "base"}
         if job.stream:
             return EventStream(
-                events(deltas, writer, tally, job.include_usage), self._lifecycle, self._metrics, headers
+                events(deltas, writer, flight.tally, job.include_usage),
+                self._lifecycle,
+                self._metrics,
+                headers,
             )
-        body = await self._lifecycle.attend(request.receive, whole(deltas, writer, tally))
+        body = await self._lifecycle.attend(request.receive, whole(deltas, writer, flight.tally))
         return _json_bytes(body, headers)
+
+    async def _start(self, request: Request, job: Job, adapter: AdapterRecord | None) -> Flight:
+        """Reserve what the job may need. Raises RateLimited or Overloaded."""
+        held: AsyncExitStack = request.state.held
+        tenant, load = _principal(request).tenant, self._tenancy.load
+        if adapter is not None:
+            held.enter_context(load.hold(tenant, adapter.digest, adapter.size_bytes))
+        place = held.enter_context(ExitStack())
+        place.enter_context(load.wait(tenant))
+        await request.state.visit.reserve(job.most_tokens)
+        meter = self._metrics.request(job.model, job.prompt_tokens, request.state.arrival, tenant.name)
+        trace: Trace = request.state.trace
+        trace.set(
+            {
+                "gen_ai.request.model": job.model,
+                "motet.adapter.digest": job.digest or "base",
+                "motet.tenant": tenant.name,
+            }
+        )
+        trace.event("tokenized")
+        limits = [s for s in (tenant.policy.queue_seconds, self._config.queue_seconds) if s is not None]
+        return Flight(Tally(job), meter, request.state.visit, place, trace, min(limits, default=None))
 
     async def _read(self, request: Request, shape: type[R]) -> R:
         return parse(await read_body(request, self._config.max_body_bytes), shape, self._intake.max_commas)
@@ -154,13 +225,15 @@ class Routes:
         if not self._generator.ready:
             raise Unavailable("the engine is warming up")
 
-    def _resolve(self, request: Request, model: str) -> AdapterRecord | None:
+    async def _resolve(self, request: Request, asked: Sampling) -> AdapterRecord | None:
         """The adapter that the request names, kept servable until the request ends. Raises ModelNotFound."""
-        held: ExitStack = request.state.held
-        adapter = held.enter_context(self._host.hold(model))
+        held: AsyncExitStack = request.state.held
+        visible = Visible(self._host, _principal(request))
+        await visible.want(asked.model)
+        adapter = held.enter_context(visible.hold(asked.model, user_of(request, asked)))
         if adapter is not None:
-            self._metrics.track(model)
-        request.state.model = model
+            self._metrics.track(adapter.name)
+        request.state.model = adapter.name if adapter else asked.model
         return adapter
 
     async def _stats(self) -> EngineStats | None:
@@ -170,6 +243,11 @@ class Routes:
             return await asyncio.wait_for(self._generator.stats(), _STATS_SECONDS)
         except (EngineDead, TimeoutError):
             return None
+
+
+def _principal(request: Request) -> Principal:
+    principal: Principal = request.state.principal
+    return principal
 
 
 def _json(value: object) -> Response:

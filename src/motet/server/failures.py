@@ -7,7 +7,8 @@ bare 500.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine
+import math
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -15,14 +16,16 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from motet.errors import MotetError
 from motet.observe.metrics import UNKNOWN, Metrics
+from motet.tenancy.access import Principal
 
 logger = logging.getLogger(__name__)
 
 CLIENT_GONE = 499  # nginx's number for "client closed request": for the log, nobody receives it
-_RETRY_AFTER_SECONDS = {503: "1", 507: "60"}
+_RETRY_AFTER_SECONDS = {503: 1.0, 504: 1.0, 507: 60.0}
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -93,8 +96,24 @@ def body_of(failure: BaseException) -> ErrorBody:
 
 def response_to(failure: BaseException) -> Response:
     """The whole HTTP answer for `failure`."""
+    return _response(status_of(failure), body_of(failure), headers_of(failure))
+
+
+def headers_of(failure: BaseException) -> dict[str, str]:
+    """When to come back, and with what."""
     status = status_of(failure)
-    return _response(status, body_of(failure))
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    seconds: float | None = getattr(failure, "retry_after", _RETRY_AFTER_SECONDS.get(status))
+    if seconds is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+    return headers
+
+
+def count(metrics: Metrics, scope: Scope, code: str) -> None:
+    """Count a failure for the model and the tenant of the request, as far as they are known."""
+    state = scope["state"]
+    principal: Principal | None = state.get("principal")
+    metrics.error(state.get("model", UNKNOWN), code, principal.tenant.name if principal else "")
 
 
 Handler = Callable[[Request, Any], Coroutine[Any, Any, Response]]
@@ -103,11 +122,8 @@ Handler = Callable[[Request, Any], Coroutine[Any, Any, Response]]
 def handlers(metrics: Metrics) -> dict[int | type[Exception], Handler]:
     """What Starlette calls for exceptions that leave an endpoint before its response has started."""
 
-    def record(request: Request, code: str) -> None:
-        metrics.error(getattr(request.state, "model", UNKNOWN), code)
-
     async def on_motet_error(request: Request, failure: MotetError) -> Response:
-        record(request, failure.code)
+        count(metrics, request.scope, failure.code)
         if failure.status >= 500 and not isinstance(failure, Unavailable):
             logger.warning("%s: %s", failure.code, failure)
         return response_to(failure)
@@ -115,24 +131,19 @@ def handlers(metrics: Metrics) -> dict[int | type[Exception], Handler]:
     async def on_http_error(request: Request, failure: HTTPException) -> Response:
         status = failure.status_code
         code = HTTPStatus(status).phrase.lower().replace(" ", "_")
-        record(request, code)
+        count(metrics, request.scope, code)
         message = f"{request.method} {request.url.path[:200]}: {HTTPStatus(status).phrase}"
         return _response(status, ErrorBody(Error(message, _type_of(status), None, code)), failure.headers)
 
     async def on_client_gone(request: Request, _: ClientDisconnect) -> Response:
-        record(request, "client_gone")
+        count(metrics, request.scope, "client_gone")
         return Response(status_code=CLIENT_GONE)
 
     return {MotetError: on_motet_error, HTTPException: on_http_error, ClientDisconnect: on_client_gone}
 
 
-def _response(status: int, body: ErrorBody, headers: object = None) -> Response:
-    answer = Response(msgspec.json.encode(body), status, media_type="application/json")
-    if isinstance(headers, dict):
-        answer.headers.update(headers)
-    if status in _RETRY_AFTER_SECONDS:
-        answer.headers["Retry-After"] = _RETRY_AFTER_SECONDS[status]
-    return answer
+def _response(status: int, body: ErrorBody, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
 def _type_of(status: int) -> str:

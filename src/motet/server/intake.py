@@ -19,7 +19,7 @@ from motet.engine.protocol import AdapterHost, Generator
 from motet.errors import InvalidRequest
 from motet.server.openai import ChatRequest, CompletionRequest, Message, refuse_unsupported
 from motet.server.sampling import ContextExceeded, fit, max_tokens_of, sampling_params
-from motet.types import BASE, AdapterRecord, SamplingParams
+from motet.types import BASE, Account, AdapterRecord, SamplingParams
 
 _MAX_PROMPTS = 256  # of one text completion
 _MAX_CHARS_PER_TOKEN = 64  # English has 4-5, indented code up to 20; no whole context of text has more
@@ -37,12 +37,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    """One HTTP request, understood. `digest` is the adapter's or BASE; `fingerprint` names the weights."""
+    """One HTTP request, understood. `digest` is the adapter's or BASE; `fingerprint` names the weights.
+
+    `model` is what answers: the version, if the request named an alias.
+    """
 
     id: str
     model: str
     digest: str
     fingerprint: str
+    account: Account
     prompts: tuple[Prompt, ...]
     stream: bool
     include_usage: bool
@@ -51,6 +55,15 @@ class Job:
     def n(self) -> int:
         """Choices per prompt."""
         return self.prompts[0].params.n
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.tokens) for prompt in self.prompts)
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and answer together, if every choice is as long as it may be."""
+        return self.prompt_tokens + sum(p.params.n * p.params.max_tokens for p in self.prompts)
 
 
 class Intake:
@@ -67,24 +80,27 @@ class Intake:
         """The most list elements that a request may have: 20 ms of parsing, or the context twice over."""
         return max(1 << 17, 2 * self._host.spec.max_model_len)
 
-    async def chat(self, asked: ChatRequest, adapter: AdapterRecord | None) -> Job:
+    async def chat(self, asked: ChatRequest, adapter: AdapterRecord | None, account: Account) -> Job:
         """Raises InvalidRequest for a message, a bound or a length."""
         params = sampling_params(asked, self._config, self._host.spec)
         tokens = await self._in_thread(self._encode_chat, asked.messages)
-        return self._job("chatcmpl", asked, adapter, [tokens], params, None)
+        return self._job("chatcmpl", asked, adapter, account, [tokens], params, None)
 
-    async def completion(self, asked: CompletionRequest, adapter: AdapterRecord | None) -> Job:
+    async def completion(
+        self, asked: CompletionRequest, adapter: AdapterRecord | None, account: Account
+    ) -> Job:
         """Raises InvalidRequest for a prompt, a bound or a length."""
         prompts = _split(asked.prompt)
         params = sampling_params(asked, self._config, self._host.spec)
         encoded = [await self._encode(prompt) for prompt in prompts]
-        return self._job("cmpl", asked, adapter, encoded, params, _COMPLETION_TOKENS)
+        return self._job("cmpl", asked, adapter, account, encoded, params, _COMPLETION_TOKENS)
 
     def _job(
         self,
         kind: str,
         asked: ChatRequest | CompletionRequest,
         adapter: AdapterRecord | None,
+        account: Account,
         prompts: list[list[int]],
         params: SamplingParams,
         default_tokens: int | None,
@@ -93,9 +109,10 @@ class Intake:
         context, wanted = self._host.spec.max_model_len, max_tokens_of(asked)
         return Job(
             id=f"{kind}-{uuid.uuid4().hex}",
-            model=asked.model,
+            model=adapter.name if adapter else asked.model,
             digest=digest,
             fingerprint="fp_" + (digest or self._host.spec.digest).rpartition(":")[2][:12],
+            account=account,
             prompts=tuple(
                 Prompt(tuple(tokens), fit(params, len(tokens), wanted, default_tokens, context))
                 for tokens in prompts

@@ -1,7 +1,7 @@
 """OpenAI's wire format: what a request may say, and what an answer looks like.
 
 Requests are strict. A field is either used, or accepted because it cannot change the answer (`user`,
-`metadata`…), or documented by OpenAI but not supported here — those are `Raw`, and any value but a neutral
+`metadata`…), or documented by OpenAI but not supported here — those are `Unsupported`, and any value but a neutral
 one is refused by name — or unknown, and refused by name as well. Nothing that could change an answer is
 dropped silently.
 """
@@ -9,14 +9,14 @@ dropped silently.
 from __future__ import annotations
 
 import re
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType, field
 
 from motet.errors import InvalidRequest
 
-NULL = Raw(b"null")
+Unsupported = Raw | UnsetType
 _NEUTRAL_BYTES = 64  # a longer value than this is not a neutral one
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([],),
@@ -43,7 +43,7 @@ class Strict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class StreamOptions(Strict, frozen=True):
     include_usage: bool | None = None
-    include_obfuscation: Raw = NULL
+    include_obfuscation: Unsupported = UNSET
 
 
 class ContentPart(Strict, frozen=True):
@@ -51,22 +51,22 @@ class ContentPart(Strict, frozen=True):
 
     type: str
     text: str | None = None
-    image_url: Raw = NULL
-    input_audio: Raw = NULL
-    file: Raw = NULL
-    refusal: Raw = NULL
+    image_url: Unsupported = UNSET
+    input_audio: Unsupported = UNSET
+    file: Unsupported = UNSET
+    refusal: Unsupported = UNSET
 
 
 class Message(Strict, frozen=True):
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Raw = NULL
-    tool_call_id: Raw = NULL
-    function_call: Raw = NULL
-    audio: Raw = NULL
-    refusal: Raw = NULL
-    annotations: Raw = NULL
+    tool_calls: Unsupported = UNSET
+    tool_call_id: Unsupported = UNSET
+    function_call: Unsupported = UNSET
+    audio: Unsupported = UNSET
+    refusal: Unsupported = UNSET
+    annotations: Unsupported = UNSET
 
 
 class Sampling(Strict, frozen=True):
@@ -104,34 +104,34 @@ class ChatRequest(Sampling, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    audio: Raw = NULL
-    chat_template: Raw = NULL
-    chat_template_kwargs: Raw = NULL
-    function_call: Raw = NULL
-    functions: Raw = NULL
-    modalities: Raw = NULL
-    moderation: Raw = NULL
-    parallel_tool_calls: Raw = NULL
-    prediction: Raw = NULL
-    prompt_cache_options: Raw = NULL
-    prompt_cache_retention: Raw = NULL
-    reasoning_effort: Raw = NULL
-    response_format: Raw = NULL
-    service_tier: Raw = NULL
-    store: Raw = NULL
-    tool_choice: Raw = NULL
-    tools: Raw = NULL
-    verbosity: Raw = NULL
-    web_search_options: Raw = NULL
+    audio: Unsupported = UNSET
+    chat_template: Unsupported = UNSET
+    chat_template_kwargs: Unsupported = UNSET
+    function_call: Unsupported = UNSET
+    functions: Unsupported = UNSET
+    modalities: Unsupported = UNSET
+    moderation: Unsupported = UNSET
+    parallel_tool_calls: Unsupported = UNSET
+    prediction: Unsupported = UNSET
+    prompt_cache_options: Unsupported = UNSET
+    prompt_cache_retention: Unsupported = UNSET
+    reasoning_effort: Unsupported = UNSET
+    response_format: Unsupported = UNSET
+    service_tier: Unsupported = UNSET
+    store: Unsupported = UNSET
+    tool_choice: Unsupported = UNSET
+    tools: Unsupported = UNSET
+    verbosity: Unsupported = UNSET
+    web_search_options: Unsupported = UNSET
 
 
 class CompletionRequest(Sampling, frozen=True, kw_only=True):
     prompt: str | list[int | str | list[int]]
     logprobs: int | None = None
 
-    best_of: Raw = NULL
-    echo: Raw = NULL
-    suffix: Raw = NULL
+    best_of: Unsupported = UNSET
+    echo: Unsupported = UNSET
+    suffix: Unsupported = UNSET
 
 
 R = TypeVar("R", bound=Strict)
@@ -259,7 +259,10 @@ class CompletionChoice(Struct, frozen=True):
     finish_reason: str | None
 
 
-class Answer(Struct, frozen=True):
+C = TypeVar("C")
+
+
+class Answer(Struct, Generic[C], frozen=True):
     """The envelope of answers and chunks. A stream's usage, if asked for, is null until the last chunk."""
 
     id: str
@@ -267,7 +270,7 @@ class Answer(Struct, frozen=True):
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChatChoice | ChatChunkChoice | CompletionChoice] = field(default_factory=list)
+    choices: list[C] = field(default_factory=list)
     usage: Usage | UnsetType | None = UNSET
 
 

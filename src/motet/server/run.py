@@ -11,14 +11,18 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from motet.config import ServerConfig
+from motet.errors import ConfigError
+from motet.server.gate import for_operators
 from motet.server.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
@@ -37,12 +41,33 @@ async def serve(
 ) -> None:
     """Serve `app` until a signal, then drain it. `on_ready` is called with the URL once the socket listens.
 
-    Raises OSError when the address cannot be bound.
+    Raises SystemExit, having logged why, when the address cannot be bound; ConfigError for that of `admin_port`.
     """
-    settings = uvicorn.Config(
+    main = Server(_settings(app, config.host, config.port), app.state.lifecycle, on_ready, grace_seconds)
+    if config.admin_port is None:
+        await main.serve()
+        return
+    side = _settings(for_operators(app), config.host, config.admin_port)
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listening = socket.create_server((config.host, config.admin_port), family=family)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {config.host}:{config.admin_port}") from error
+    logger.info("administration and metrics on %s", _url(listening))
+    operators = SecondPort(side)
+    serving = asyncio.create_task(operators.serve([listening]))
+    try:
+        await main.serve()
+    finally:
+        operators.should_exit = True
+        await serving
+
+
+def _settings(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
-        host=config.host,
-        port=config.port,
+        host=host,
+        port=port,
         http=Connection,
         ws="none",
         log_config=None,
@@ -51,7 +76,11 @@ async def serve(
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
-    await Server(settings, app.state.lifecycle, on_ready, grace_seconds).serve()
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -74,8 +103,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._on_ready is not None and self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._on_ready(_url(self.servers[0].sockets[0]))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Drain. uvicorn's own handler would close the socket at once and die of the signal in the end."""
@@ -95,6 +123,14 @@ class Server(uvicorn.Server):
             if self._hurry or now >= self._deadline or not lifecycle.in_flight:
                 return True
         return await super().on_tick(counter)
+
+
+class SecondPort(uvicorn.Server):
+    """Another port of the same application. Signals are the first one's, and it ends after it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class Connection(H11Protocol):

@@ -13,7 +13,7 @@ _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARS = 1000
 _MAX_STOP_TOKENS = 64
 _MAX_LOGIT_BIAS = 300
-_RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -26,7 +26,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_completion_tokens": (1, 2**31 - 1),
     "min_tokens": (0, 2**31 - 1),
 }
-_ABOVE_ZERO = ("top_p", "repetition_penalty")
+ABOVE_ZERO = ("top_p", "repetition_penalty")
 
 
 class ContextExceeded(InvalidRequest):
@@ -96,11 +96,11 @@ def fit(
 
 
 def _check_ranges(asked: Sampling) -> None:
-    for name, (low, high) in _RANGES.items():
+    for name, (low, high) in RANGES.items():
         value = getattr(asked, name, None)
         if value is not None:
             _within(name, value, low, high)
-    for name in _ABOVE_ZERO:
+    for name in ABOVE_ZERO:
         if getattr(asked, name) == 0:
             raise InvalidRequest(f"{name} must be greater than 0", name)
 

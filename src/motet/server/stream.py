@@ -20,9 +20,10 @@ from starlette.types import Receive, Scope, Send
 
 from motet.engine.protocol import Generator
 from motet.errors import EngineDead, MotetError
-from motet.observe.metrics import Meter, Metrics
-from motet.server.answers import Gathered, Tally, Writer
-from motet.server.failures import GenerationFailed, body_of
+from motet.observe.metrics import Metrics
+from motet.server.answers import Choice, Gathered, Tally, Writer
+from motet.server.failures import GenerationFailed, body_of, count
+from motet.server.flight import Flight
 from motet.server.intake import Job
 from motet.server.lifecycle import Lifecycle
 from motet.server.openai import Answer
@@ -32,20 +33,18 @@ logger = logging.getLogger(__name__)
 _MERGED_DELTAS = 32  # that several prompts of one request may be ahead of their reader
 
 
-async def deltas_of(
-    job: Job, generator: Generator, meter: Meter, tally: Tally
-) -> AsyncGenerator[Delta, None]:
+async def deltas_of(job: Job, generator: Generator, flight: Flight) -> AsyncGenerator[Delta, None]:
     """The deltas of all prompts of a job, counted. Raises a MotetError if one ends with an error."""
     outcome = "error"
     try:
         async with _closing(_start(job, generator)) as deltas:
-            async for delta in deltas:
+            first = await flight.first(anext(deltas))
+            async for delta in _chained(first, deltas):
                 if delta.finish in ("error", "abort"):
                     failure = GenerationFailed if generator.alive else EngineDead
                     raise failure(delta.error or "the request was aborted")
                 outcome = delta.finish or outcome
-                meter.delta(delta)
-                tally.add(delta)
+                flight.delta(delta)
                 yield delta
     except (asyncio.CancelledError, GeneratorExit):
         outcome = "cancelled"
@@ -54,7 +53,7 @@ async def deltas_of(
         outcome = "error"
         raise
     finally:
-        meter.end(outcome, tally.cached_tokens)
+        flight.end(outcome)
 
 
 async def whole(deltas: AsyncGenerator[Delta, None], writer: Writer, tally: Tally) -> bytes:
@@ -73,7 +72,7 @@ async def events(
     deltas: AsyncGenerator[Delta, None], writer: Writer, tally: Tally, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """The deltas as server-sent events; none before the first delta, so that a failure there has a status."""
-    opening: Sequence[Answer] = writer.opening()
+    opening: Sequence[Answer[Choice]] = writer.opening()
     async with aclosing(deltas):
         async for delta in deltas:
             if chunks := [*opening, *writer.chunks(delta)]:
@@ -119,7 +118,7 @@ class EventStream(Response):
                 exc_info=None if isinstance(failure, MotetError) else failure,
             )  # fmt: skip
             error = body_of(failure)
-            self._metrics.error(scope["state"]["model"], error.error.code or "")
+            count(self._metrics, scope, error.error.code or "")
             await send({"type": "http.response.body", "body": _event(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -133,9 +132,17 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
 
 
+async def _chained(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    yield first
+    async for delta in rest:
+        yield delta
+
+
 def _start(job: Job, generator: Generator) -> AsyncIterator[Delta]:
     streams = [
-        generator.generate(prompt.tokens, prompt.params, job.digest, f"{job.id}-{i}" if i else job.id)
+        generator.generate(
+            prompt.tokens, prompt.params, job.digest, f"{job.id}-{i}" if i else job.id, job.account
+        )
         for i, prompt in enumerate(job.prompts)
     ]
     return streams[0] if len(streams) == 1 else _merge(streams, job.n)
