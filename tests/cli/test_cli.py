@@ -101,10 +101,14 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     [
         ("[engine]\nmax_runing = 3", "unknown field `max_runing` - at `$.engine`"),
         ("[server]\ntls = true", "unknown field `tls` - at `$.server`"),
-        ("[sever]\nport = 1", r"unknown table [sever]; there are [engine], [server] and [adapters]"),
+        ("[sever]\nport = 1", r"unknown table [sever]; there are [engine], [server], [adapters], [tenants]"),
         ("engine = 3", "engine must be a table"),
         ("adapters = ['a']", "adapters must be a table"),
         ("[server.adapters]\nred = '/red'", "adapters have a table of their own"),
+        ("[tenants.acme]\nspeed = 3", "unknown field `speed` - at `$.server.tenants[...]`"),
+        ("[tenants.acme]\nweight = -3", "weight must be positive"),
+        ("[tenants]\nacme = 3", "at `$.server.tenants[...]`"),
+        ("[server]\nadmin_port = -1", "admin_port must be between 0 and 65535"),
         ("[adapters]\nred = 3", "at `$.server.adapters[...]`"),
         ("[engine]\npool_bytes = '2GiB'", "Expected `int | null`, got `str` - at `$.engine.pool_bytes`"),
         ("[engine]\npool_bytes = 0", "pool_bytes must be positive"),
@@ -172,6 +176,10 @@ def test_help_lists_the_commands() -> None:
             "--max-step-tokens --threads --verify-adapters --demo-adapters --json-logs [engine] [adapters] "
             "--device --memory-fraction 127.0.0.1 8000] 1GiB",
         ),
+        ("serve", "--database --admin-port --allow-open"),
+        ("top", "--key --interval --once 127.0.0.1:8000]"),
+        ("keys", "create list revoke"),
+        ("tenants", "set list"),
         ("demo", "--max-tokens"),
         ("complete", "--model --adapter --max-tokens --temperature --seed --raw embedded]"),
         ("adapters", "inspect verify"),
@@ -372,3 +380,18 @@ def test_ctrl_c_while_the_engine_starts(home: Path) -> None:
     assert process.returncode in (0, 130), "130 is the shell's word for it, before the server listens"
     assert "Traceback" not in said
     assert not Path(f"/proc/{engine}").exists()
+
+
+def test_a_sagemaker_container_has_its_own_defaults(tmp_path: Path) -> None:
+    found = settings("", tmp_path, sagemaker=True)
+    assert found.engine.model == "/opt/ml/model"
+    server = found.server
+    assert (server.host, server.port, server.allow_open, server.adapter_roots) == (
+        "0.0.0.0",
+        8080,
+        True,
+        ("/opt/ml",),
+    )
+    found = settings("[server]\nsagemaker = true\nport = 8081\nadapter_roots = ['/a']", tmp_path, model="/m")
+    assert (found.engine.model, found.server.port, found.server.adapter_roots) == ("/m", 8081, ("/a",))
+    assert (settings("", tmp_path).server.port, settings("", tmp_path).server.allow_open) == (8000, False)

@@ -1,4 +1,4 @@
-"""Names point at digests: what is served under which name, and the only place where that changes.
+"""Names point at digests, aliases at names: what is served under which, and the only place where that changes.
 
 A request resolves its name once and keeps the digest, so moving a name (`replace`) or taking it away never
 touches work in flight; the engine is told to forget a digest when the last name has left it. Loads of one
@@ -12,13 +12,17 @@ import errno
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-from motet.errors import AdapterConflict, AdapterRefused, InvalidRequest, ModelNotFound, MotetError
+import msgspec
+
+from motet.errors import AdapterConflict, AdapterRefused, InvalidRequest, ModelNotFound
+from motet.errors import StorageFull as StorageFull
+from motet.registry.release import Split, choose
 from motet.types import AdapterRecord, ModelSpec, PreparedAdapter
 
 _NAME = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
@@ -28,18 +32,11 @@ _LISTED = 50  # names in a "not found" message
 class AdapterEngine(Protocol):
     """The engine's side of a digest: where its image lies, and that no name needs it any more."""
 
-    async def register_adapter(self, digest: str, image: str, num_pages: int, /) -> None: ...
+    async def register_adapter(self, digest: str, image: str, num_pages: int, source: str, /) -> None: ...
 
     async def forget_adapter(self, digest: str, /) -> None:
         """Drop the digest once the last request on it has finished."""
         ...
-
-
-class StorageFull(MotetError):
-    """The disk that holds packed images is full; resident adapters serve on."""
-
-    status = 507
-    code = "storage_full"
 
 
 class Catalog:
@@ -61,6 +58,7 @@ class Catalog:
         self._prepare = prepare
         self._engine = engine
         self._records: dict[str, AdapterRecord] = {}
+        self._aliases: dict[str, Split] = {}
         self._registered: set[str] = set()  # digests that the engine knows
         self._holds: Counter[str] = Counter()  # requests that resolved to a digest and have not ended
         self._unnamed: set[str] = set()  # digests to forget when their last hold ends
@@ -68,23 +66,57 @@ class Catalog:
         self._names = _Locks()
         self._digests = _Locks()
 
-    def records(self) -> list[AdapterRecord]:
-        """All adapters, by name."""
-        return [self._records[name] for name in sorted(self._records)]
+    def records(self, tenant: str | None = None) -> list[AdapterRecord]:  # noqa: ARG002
+        """All adapters by name, aliases as the adapter of their stable version. Nothing here depends on the tenant."""
+        named = {name: self._records[split.stable] for name, split in self._aliases.items()}
+        named = {
+            name: msgspec.structs.replace(record, name=name) for name, record in named.items()
+        } | self._records
+        return [named[name] for name in sorted(named)]
 
-    def resolve(self, name: str) -> AdapterRecord | None:
-        """The adapter served as `name`; None is the base. Raises ModelNotFound."""
+    def aliases(self) -> dict[str, Split]:
+        """The names that stand for others, and for which."""
+        return dict(self._aliases)
+
+    def point(self, aliases: Mapping[str, Split]) -> None:
+        """Replace all aliases at once: a request sees those before or those after, never some of each.
+
+        A name of an adapter's own comes before an alias. ModelNotFound if an alias stands for nothing served.
+        """
+        for split in aliases.values():
+            for name in filter(None, (split.stable, split.canary)):
+                if name not in self._records:
+                    raise self._not_found(name)
+        self._aliases = dict(aliases)
+
+    async def sync(self) -> None:
+        """Serve what the place that names come from says now, if there is one."""
+
+    async def follow(self) -> None:
+        """Keep doing so, until cancelled."""
+
+    async def want(self, name: str, tenant: str | None = None) -> None:
+        """Make `name` known, where there is a place to look for names that are not served yet."""
+
+    def resolve(self, name: str, user: str = "", tenant: str | None = None) -> AdapterRecord | None:  # noqa: ARG002
+        """The adapter served as `name`; None is the base. An alias may stand for another one with each `user`.
+
+        Raises ModelNotFound. Nothing here depends on the tenant.
+        """
         if name == self.base:
             return None
+        split = self._aliases.get(name)
         record = self._records.get(name)
+        if record is None and split is not None:
+            record = self._records.get(choose(name, split, user))
         if record is None:
             raise self._not_found(name)
         return record
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[AdapterRecord | None]:
+    def hold(self, name: str, user: str = "", tenant: str | None = None) -> Iterator[AdapterRecord | None]:
         """`resolve`, and the engine keeps accepting the digest until the block ends, wherever the name goes."""
-        record = self.resolve(name)
+        record = self.resolve(name, user, tenant)
         if record is None:
             yield None
             return
@@ -98,16 +130,27 @@ class Catalog:
                 if record.digest in self._unnamed:
                     self._later(self._drop(record.digest))
 
-    async def load(self, name: str, path: str, *, replace: bool = False) -> AdapterRecord:
+    async def load(
+        self,
+        name: str,
+        path: str,
+        *,
+        replace: bool = False,
+        digest: str | None = None,
+        source: str | None = None,
+    ) -> AdapterRecord:
         """Serve the adapter at `path` as `name`; with `replace`, move the name from the digest it has.
 
         Loading the digest that the name already has changes nothing. Raises InvalidRequest for a bad name,
-        AdapterRefused for bad files, AdapterConflict when the name has another digest and `replace` is false.
+        AdapterRefused for bad files and for others than those of `digest`, AdapterConflict when the name has another
+        digest and `replace` is false. `source` is where the same files stay, if not at `path`.
         """
         self._check_name(name)
         _check_path(path)
         async with self._names.hold(name):
             prepared = await self._prepared(path)
+            if digest is not None and prepared.digest != digest:
+                raise AdapterRefused(f"{name!r} must have digest {digest}; its files have {prepared.digest}")
             old = self._records.get(name)
             if old is not None and old.digest == prepared.digest:
                 return old
@@ -116,7 +159,9 @@ class Catalog:
                     f"{name!r} already serves digest {old.digest} from {old.source!r}; {path!r} has digest "
                     f"{prepared.digest}. Unload {name!r} first, load under another name, or pass replace=true"
                 )
-            record = await self._point(name, path, prepared)
+            if source is not None:
+                prepared = msgspec.structs.replace(prepared, source=source)
+            record = await self._point(name, source or path, prepared)
             if old is not None:
                 await self._drop(old.digest)
             return record
@@ -148,12 +193,12 @@ class Catalog:
                 raise StorageFull(f"no space left to pack adapter {path!r}") from error
             raise
 
-    async def _point(self, name: str, path: str, prepared: PreparedAdapter) -> AdapterRecord:
+    async def _point(self, name: str, source: str, prepared: PreparedAdapter) -> AdapterRecord:
         digest = prepared.digest
         record = AdapterRecord(
             name=name,
             digest=digest,
-            source=path,
+            source=source,
             image=prepared.image,
             rank=prepared.rank,
             num_parameters=prepared.num_parameters,
@@ -163,7 +208,7 @@ class Catalog:
         )
         async with self._digests.hold(digest):
             if digest not in self._registered:
-                await self._engine.register_adapter(digest, record.image, record.num_pages)
+                await self._engine.register_adapter(digest, record.image, record.num_pages, prepared.source)
                 self._registered.add(digest)
             self._records[name] = record
         return record
@@ -192,7 +237,7 @@ class Catalog:
             raise InvalidRequest(f"{name!r} is the name of the base model", "lora_name")
 
     def _not_found(self, name: str) -> ModelNotFound:
-        names = [self.base, *sorted(self._records)]
+        names = [self.base, *sorted({*self._records, *self._aliases})]
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         served = ", ".join(repr(n) for n in names[:_LISTED])
         return ModelNotFound(f"no model {name[:200]!r}; served here: {served}{more}")
