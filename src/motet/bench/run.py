@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from motet.adapters.image import open_image, write_image
+from motet.adapters.store import ImageStore
 from motet.bench.closed_loop import Case, ClosedLoop, Result, cases
 from motet.config import EngineConfig
 from motet.engine.device import has_gpu, resolve
@@ -35,7 +36,8 @@ def run_cases(
     engine = Engine(config, lambda stage, fraction: say(f"{stage} {fraction:.0%}"))
     say(f"ready after {time.perf_counter() - began:.1f} s; {memory_line(engine.stats())}")
     page, rounded = engine.runner.pool.page_bytes, config.device == "cuda"
-    prepared = [prepare(path, engine.spec, page, images, rounded) for path in adapters]
+    store = ImageStore(images, config.image_bytes)
+    prepared = [prepare(path, engine.spec, page, store, rounded) for path in adapters]
     known: set[str] = set()
 
     def digest_of(number: int) -> str:
