@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
+from motet.cli.bench import bench_app
+from motet.cli.keys import keys_app, tenants_app
+from motet.cli.plan import plan
+from motet.cli.policy import policy_app
+from motet.cli.registry import registry_app
+from motet.cli.residency import residency
 from motet.errors import ConfigError, MotetError
 
 app = typer.Typer(
@@ -21,8 +26,17 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # it takes "[default: 8000]" for a style and swallows it
 )
-adapters_app = typer.Typer(help="Look into adapters.", no_args_is_help=True, rich_markup_mode=None)
+adapters_app = typer.Typer(
+    help="Look into adapters, and release them.", no_args_is_help=True, rich_markup_mode=None
+)
+adapters_app.add_typer(registry_app)
+app.add_typer(policy_app, name="policy")
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(keys_app, name="keys")
+app.add_typer(tenants_app, name="tenants")
+app.add_typer(bench_app, name="bench")
+bench_app.command()(residency)
+app.command()(plan)
 
 DEMO_ADAPTERS = Path(__file__).parents[3] / "examples" / "adapters"
 Adapters = Annotated[
@@ -100,6 +114,40 @@ def serve(
         bool, typer.Option("--demo-adapters", help="Also serve the three demo adapters.")
     ] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object per log line.")] = False,
+    database: Annotated[
+        str | None,
+        typer.Option(envvar="MOTET_DATABASE", help="SQLAlchemy URL of keys and tenants; see `motet keys`."),
+    ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MOTET_REGISTRY",
+            metavar="URL",
+            help="Serve what is promoted in a registry; see `motet adapters push`.",
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MOTET_POLICY",
+            metavar="FILE",
+            help="What of the registry may be served to whom, TOML; see `motet policy`.",
+        ),
+    ] = None,
+    sagemaker: Annotated[
+        bool | None,
+        typer.Option(
+            "--sagemaker",
+            envvar="MOTET_SAGEMAKER",
+            help="Be a SageMaker container, on 0.0.0.0:8080 with /opt/ml/model.",
+        ),
+    ] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Answer administration and metrics here, and nowhere else.")
+    ] = None,
+    allow_open: Annotated[
+        bool | None, typer.Option("--allow-open", help="Serve everybody without keys, not only loopback.")
+    ] = None,
 ) -> None:
     """Serve MODEL and its adapters over an OpenAI-compatible API.
 
@@ -127,7 +175,17 @@ def serve(
             "tuned_configs": tuned_configs,
             "prompt_copies": prompt_copies,
         },
-        {"host": host, "port": port, "served_model_name": served_model_name},
+        {
+            "host": host,
+            "port": port,
+            "served_model_name": served_model_name,
+            "database": database,
+            "sagemaker": sagemaker,
+            "registry": registry,
+            "policy": policy,
+            "admin_port": admin_port,
+            "allow_open": allow_open,
+        },
         [*demo, *(adapter or [])],
     )
     console = Console(stderr=True)
@@ -137,6 +195,23 @@ def serve(
         console.print(f"serving on [bold]{url}/v1[/bold]; adapters: {names}; Ctrl-C stops", soft_wrap=True)
 
     asyncio.run(run_server(settings, console, serving, json_logs))
+
+
+@app.command()
+def top(
+    url: Annotated[
+        str, typer.Argument(help="The server, or its port of administration.")
+    ] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str | None, typer.Option(envvar="MOTET_API_KEY", help="A key of role metrics or admin.")
+    ] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one screen and leave.")] = False,
+) -> None:
+    """Watch a server's models, tenants and memory; Ctrl-C leaves."""
+    from motet.cli.top import watch
+
+    watch(Console(), url, key, interval, once)
 
 
 @app.command()
@@ -151,44 +226,6 @@ def demo(
     from motet.cli.demo import run_demo
 
     run_demo(Console(), demo_paths(), max_tokens)
-
-
-@app.command()
-def bench(
-    model: Annotated[
-        str | None, typer.Argument(help="Model directory or hub id. [default: embedded]")
-    ] = None,
-    adapter: Annotated[
-        list[Path] | None, typer.Option("--adapter", help="A PEFT LoRA directory; repeatable.")
-    ] = None,
-    cases: Annotated[
-        str, typer.Option(help="Of steady, together, base, alone, cold, crowd, many; separated by commas.")
-    ] = "steady,base,alone",
-    in_flight: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 1600,
-    output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 600,
-    pool: Annotated[str | None, typer.Option(help="As of serve.")] = None,
-) -> None:
-    """Measure an engine in this process under a fixed number of requests in flight; one JSON line per case.
-
-    OTPS is the output tokens per second of one request, TTFT the time to its first token. Prompts are random.
-    """
-    from motet.bench.run import run_cases
-    from motet.cli.service import model_directory
-    from motet.cli.settings import EMBEDDED, parse_size
-    from motet.config import EngineConfig, cache_dir
-
-    console = Console(stderr=True)
-    config = EngineConfig(
-        model=str(model_directory(model or EMBEDDED, console)),
-        max_model_len=prompt + output,
-        max_running=in_flight,
-        pool_bytes=parse_size(pool) if pool else None,
-        prefix_caching=False,
-    )
-    images, names = cache_dir() / "images", cases.split(",")
-    for result in run_cases(config, adapter or [], images, names, in_flight, prompt, output, console.print):
-        print(msgspec.json.encode(result).decode(), flush=True)
 
 
 @app.command()

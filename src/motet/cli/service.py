@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 
+from motet.adapters.store import ImageStore
 from motet.cli.progress import progress_bar
 from motet.cli.settings import EMBEDDED, Settings
 from motet.config import cache_dir
@@ -25,10 +25,18 @@ from motet.models.embedded import ensure_embedded
 from motet.models.registry import load_spec, locate
 from motet.observe import log
 from motet.observe.metrics import Metrics, memory_line
+from motet.observe.tracing import tracer_of
 from motet.registry.catalog import Catalog
-from motet.registry.prepare import prepare
+from motet.registry.follow import RegistryCatalog
+from motet.registry.judge import Judge
+from motet.registry.policy import read_policy
+from motet.registry.prepare import Preparer
+from motet.registry.store import Registry
 from motet.server.app import create_app
+from motet.server.gate import check_exposure, tenancy_of
 from motet.server.run import serve
+from motet.server.sagemaker import SageMaker
+from motet.types import ModelSpec, PreparedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -54,30 +62,38 @@ async def run_server(
     Raises what kept the engine or an adapter from starting.
     """
     log.setup(log_level, as_json=json_logs)
+    tenancy = tenancy_of(settings.server)
+    check_exposure(settings.server, tenancy.guard)
+    tracer = tracer_of(settings.server.otlp_endpoint)
     directory = model_directory(settings.engine.model, console)
     engine = resolve(msgspec.structs.replace(settings.engine, model=str(directory)), has_gpu())
     name = settings.server.served_model_name or directory.name
     spec = load_spec(directory, name)
     spec = msgspec.structs.replace(spec, max_model_len=resolve_max_model_len(engine, spec))
-    bind = partial(
-        prepare,
+    images = ImageStore(cache_dir() / "images", engine.image_bytes)
+    bind = Preparer(
         spec=spec,
         page_bytes=page_bytes(spec, engine.page_tokens, KV_DTYPE[engine.device]),
-        images=cache_dir() / "images",
+        images=images,
         rounded=engine.device == "cuda",
     )
     with ExitStack() as bar:
         client = EngineProcess(engine, bar.enter_context(progress_bar(console, "engine")))
         try:
+            client.use_disk(bind)
             frontend = Frontend(client, directory)
-            catalog = Catalog(spec, name, settings.engine.model, bind, client)
-            app = create_app(frontend, catalog, settings.server, Metrics(name))
+            metrics = Metrics(name)
+            catalog = _catalog(settings, spec, name, bind, client, metrics)
+            app = create_app(frontend, catalog, settings.server, metrics, tenancy, tracer)
+            if settings.server.sagemaker:
+                app.add_middleware(SageMaker, base=name, max_body_bytes=settings.server.max_body_bytes)
             drain = app.state.lifecycle.drain
             url = asyncio.get_running_loop().create_future()
             # A Ctrl-C until now ends this task here; from now on the server handles it.
             await asyncio.sleep(0)
             start = _start(client, frontend, catalog, settings.server.adapters, bar)
             started = asyncio.create_task(_announce(start, url, drain, on_serving))
+            following = asyncio.create_task(catalog.follow())
             try:
                 await serve(app, settings.server, on_ready=url.set_result)
             except SystemExit as error:  # uvicorn's, which has logged the reason
@@ -85,11 +101,33 @@ async def run_server(
                 raise ConfigError(f"cannot listen on {where}") from error
             finally:
                 started.cancel()
-                await asyncio.gather(started, return_exceptions=True)
+                following.cancel()
+                await asyncio.gather(started, following, return_exceptions=True)
         finally:
             await client.close()
+            await asyncio.to_thread(tracer.close)
     if not started.cancelled():
         started.result()
+
+
+def _catalog(
+    settings: Settings,
+    spec: ModelSpec,
+    name: str,
+    bind: Callable[[Path], PreparedAdapter],
+    client: EngineProcess,
+    metrics: Metrics,
+) -> Catalog:
+    server, model = settings.server, settings.engine.model
+    if server.registry is None:
+        if server.policy is not None:
+            raise ConfigError("a policy judges what is in a registry: name one with --registry")
+        return Catalog(spec, name, model, bind, client)
+    registry = Registry(server.registry)
+    judge = Judge(read_policy(Path(server.policy)), registry) if server.policy is not None else None
+    return RegistryCatalog(
+        registry, cache_dir() / "copies", spec, name, model, bind, client, judge, metrics.forget
+    )
 
 
 async def _start(
@@ -100,6 +138,7 @@ async def _start(
     logger.info(memory_line(await client.stats()))
     for name, path in adapters.items():
         await catalog.load(name, path)
+    await catalog.sync()
     frontend.open()
 
 
