@@ -53,7 +53,8 @@ def series() -> dict[str, set[str]]:
     meter.end("stop", 0)
     metrics.error("base", "oops", "acme")
     record = AdapterRecord("poet", "digest", "/poet", "/image", 8, 1, 1, 1, 0.0)
-    text = metrics.render(EngineStats(tiers={"pool": TierStats()}), [record]).decode()
+    stats = EngineStats(tiers={"pool": TierStats()}, adapter_hits_by_pages={1: 0})
+    text = metrics.render(stats, [record]).decode()
     return {
         sample.name: set(sample.labels) | TARGET
         for family in text_string_to_metric_families(text)

@@ -22,6 +22,13 @@ def test_every_figure_of_every_tier() -> None:
     }
 
 
+def test_how_often_other_sizes_of_the_pool_would_hit() -> None:
+    stats = EngineStats(adapter_requests=9, adapter_hits_by_pages={64: 3, 128: 8})
+    samples = scrape(Metrics("base").render(stats, []).decode())
+    assert samples["motet_adapter_requests_total"] == {(): 9}
+    assert samples["motet_adapter_hits_if_total"] == {("64",): 3, ("128",): 8}
+
+
 def test_loads_by_adapter_have_bounded_labels() -> None:
     records = [AdapterRecord(f"a{i:03}", f"d{i}", "s", "i", 8, 1, 1, 1, 0.0) for i in range(MAX_LABELS + 9)]
     stats = EngineStats(loads_by_adapter={"d3": 4, "gone": 1})

@@ -22,7 +22,7 @@ _COUNTERS = {
 
 
 def tier_metrics(stats: EngineStats) -> Iterator[Metric]:
-    """One series per tier (pool, host, disk) and figure of TierStats."""
+    """One series per tier (pool, host, disk) and figure of TierStats; how often other sizes of the pool would hit."""
     for field, (name, text) in _GAUGES.items():
         gauge = GaugeMetricFamily(name, text, labels=["tier"])
         for tier, found in stats.tiers.items():
@@ -33,3 +33,14 @@ def tier_metrics(stats: EngineStats) -> Iterator[Metric]:
         for tier, found in stats.tiers.items():
             counter.add_metric([tier], getattr(found, field))
         yield counter
+    yield CounterMetricFamily(
+        "motet_adapter_requests", "Requests with an adapter", value=stats.adapter_requests
+    )
+    hits = CounterMetricFamily(
+        "motet_adapter_hits_if",
+        "Of those, how many would have found their adapter at hand if adapters had so many pages to themselves",
+        labels=["pages"],
+    )
+    for pages, count in stats.adapter_hits_by_pages.items():
+        hits.add_metric([str(pages)], count)
+    yield hits
