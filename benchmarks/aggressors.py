@@ -1,0 +1,155 @@
+"""Four aggressors against a quiet tenant on the real engine, on a CPU: `python -m benchmarks.aggressors` (7 minutes).
+
+The same as `benchmarks/fairness.py` simulates, with SmolLM2-135M (dense) and real adapters, at a tenth of a GPU's pace:
+256 tokens in a step, 16 places, prompts of the quiet tenant some 900 tokens long. Everything is measured with tenants,
+and first come first served, where all requests are of nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+from benchmarks.fairness import QUIET, Case, Result, Tenant, Wish, p95
+from benchmarks.thousand_adapters import write_adapters
+from motet.adapters.store import ImageStore
+from motet.config import EngineConfig
+from motet.engine.loop import Engine
+from motet.memory.pool import page_bytes
+from motet.models.embedded import ensure_embedded_dense
+from motet.models.registry import load_spec
+from motet.registry.prepare import prepare
+from motet.types import ANYBODY, BASE, Account, Request, SamplingParams, SeqOutput
+
+COLD = 100
+CONFIG = EngineConfig(
+    model=str(ensure_embedded_dense()), device="cpu", pool_bytes=192 << 20, max_step_tokens=256, max_running=16,
+    max_model_len=2048,
+)  # fmt: skip
+
+
+_turns = count(1)
+QUIET_TENANT = Tenant(QUIET, lambda r: Wish(r.randint(700, 1100), r.randint(2, 8), "tenant-0"), rate=0.3)
+AGGRESSORS = (
+    Tenant("many short requests", lambda r: Wish(r.randint(20, 80), 8), in_flight=100),
+    Tenant("few huge prompts", lambda r: Wish(r.randint(1500, 1900), 8), in_flight=6),
+    Tenant("long outputs", lambda r: Wish(50, r.randint(100, 200)), in_flight=40),
+    Tenant("adapter thrash", lambda _: Wish(40, 4, f"tenant-{1 + next(_turns) % COLD}"), in_flight=40),
+)
+
+
+class Run:
+    """Some tenants' traffic on the engine."""
+
+    def __init__(
+        self, engine: Engine, digests: dict[str, str], tenants: Sequence[Tenant], fair: bool
+    ) -> None:
+        self.engine, self.digests, self.tenants, self.fair = engine, digests, tenants, fair
+        self.chances = {tenant.name: random.Random(tenant.name) for tenant in tenants}
+        self.due = {t.name: self.chances[t.name].expovariate(t.rate) for t in tenants if t.rate}
+        self.live: dict[str, int] = defaultdict(int)
+        self.sent: dict[str, tuple[str, float, int]] = {}
+        self.started: set[str] = set()
+        self.begin = time.monotonic()
+        self.result = Result()
+
+    def serve(self, seconds: float) -> Result:
+        """So many seconds; then what is left is aborted."""
+        while self.now < seconds:
+            self._take_in()
+            self._land(self.engine.step())
+            if self.engine.must_wait:
+                time.sleep(0.001)
+        self.result.seconds = self.now
+        for id, (name, at, _) in self.sent.items():
+            if id not in self.started:
+                self.result.ttft[name].append(self.now - at)
+            self.engine.abort(id)
+        while self.engine.has_work:
+            self.engine.step()
+        return self.result
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self.begin
+
+    def _take_in(self) -> None:
+        now = self.now
+        for tenant in self.tenants:
+            while tenant.rate and self.due[tenant.name] <= now:
+                self._send(tenant, self.due[tenant.name])
+                self.due[tenant.name] += self.chances[tenant.name].expovariate(tenant.rate)
+            while self.live[tenant.name] < tenant.in_flight:
+                self._send(tenant, now)
+
+    def _send(self, tenant: Tenant, at: float) -> None:
+        chance = self.chances[tenant.name]
+        wish = tenant.wish(chance)
+        prompt = tuple(chance.randrange(100, 40_000) for _ in range(wish.prompt))
+        account = Account(tenant.name, salt=tenant.name) if self.fair else ANYBODY
+        params = SamplingParams(max_tokens=wish.output, ignore_eos=True, temperature=0)
+        adapter = BASE if wish.adapter == BASE else self.digests[wish.adapter]
+        id = f"{tenant.name} {len(self.sent)}"
+        assert not self.engine.add(Request(id, prompt, params, adapter, self.begin + at, account))
+        self.sent[id] = tenant.name, at, len(prompt)
+        self.live[tenant.name] += 1
+
+    def _land(self, outputs: Sequence[SeqOutput]) -> None:
+        for output in outputs:
+            name, at, prompt = self.sent[output.request_id]
+            self.result.tokens[name] += len(output.token_ids)
+            if output.request_id not in self.started:
+                self.started.add(output.request_id)
+                self.result.tokens[name] += prompt
+                self.result.ttft[name].append(self.now - at)
+            self.live[name] -= output.finish is not None
+
+
+def start(folder: Path) -> tuple[Engine, dict[str, str]]:
+    """An engine that knows the quiet tenant's adapter and a hundred others."""
+    engine, model = Engine(CONFIG), Path(CONFIG.model)
+    spec = load_spec(model)
+    images, size, digests = ImageStore(folder / "images"), page_bytes(spec, CONFIG.page_tokens), {}
+    for name, path in write_adapters(model, spec, folder / "adapters", COLD + 1).items():
+        prepared = prepare(path, spec, size, images)
+        engine.register_adapter(prepared.digest, Path(prepared.image), prepared.num_pages)
+        digests[name] = prepared.digest
+    return engine, digests
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Four aggressors against a quiet tenant, on the real engine."
+    )
+    parser.add_argument("--seconds", type=float, default=45.0, help="of each of the nine runs")
+    seconds = parser.parse_args().seconds
+    with tempfile.TemporaryDirectory() as folder:
+        engine, digests = start(Path(folder))
+        Run(engine, digests, [QUIET_TENANT], True).serve(10)
+        alone = Run(engine, digests, [QUIET_TENANT], True).serve(2 * seconds)
+        own = p95(alone.ttft[QUIET])
+        print(f"Alone, p95 TTFT {1e3 * own:.0f} ms of {len(alone.ttft[QUIET])} requests.", flush=True)
+        print(
+            "| beside | first come first served | fair | × alone | throughput, × FCFS |\n|---|---|---|---|---|"
+        )
+        for aggressor in AGGRESSORS:
+            tenants = [QUIET_TENANT, aggressor]
+            runs = [Run(engine, digests, tenants, fair).serve(seconds) for fair in (False, True)]
+            found = Case(aggressor.name, *runs)
+            first, fair = p95(found.first.ttft[QUIET]), p95(found.fair.ttft[QUIET])
+            print(
+                f"| {found.name} | {1e3 * first:,.0f} ms | {1e3 * fair:,.0f} ms | {fair / own:.2f} "
+                f"| {found.throughput:.3f} |",
+                flush=True,
+            )
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()
