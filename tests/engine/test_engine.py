@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from motet.adapters.image import ChunkTable
 from motet.adapters.store import ImageStore
 from motet.config import EngineConfig
 from motet.engine.loop import Engine
 from motet.engine.sampler import Drawn
-from motet.errors import ConfigError, ModelRefused
+from motet.errors import ConfigError, ModelRefused, MotetError
 from motet.registry.prepare import prepare
 from motet.types import BASE, PENDING, Plan, PreparedAdapter, Request, SamplingParams, SeqOutput
 from tests.tiny import write_adapter, write_model
@@ -262,6 +263,28 @@ def test_a_failed_load_ends_its_requests_only_and_does_not_poison_the_adapter(be
     assert adapter.digest[:12] in (bench.ends["unlucky"].error or "")
     assert bench.ends["fine"].finish == "length"
     image.write_bytes(good)
+    assert len(bench.solo(adapter=adapter.digest)) == 8
+
+
+def test_an_adapter_without_room_in_the_table_fails_its_requests_only(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, adapter, other = bench.engine.runner.table, bench.adapters[2], bench.adapters[1]
+    add = table.add
+
+    def full(digest: str, chunks: ChunkTable, pages: tuple[int, ...]) -> object:
+        if digest == adapter.digest:
+            raise MotetError("the table is full")
+        return add(digest, chunks, pages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "add", full)
+        bench.ask("unlucky", adapter=adapter.digest)
+        bench.ask("fine", adapter=other.digest)
+        bench.run()
+    assert bench.ends["unlucky"].finish == "error"
+    assert "the table is full" in (bench.ends["unlucky"].error or "")
+    assert bench.ends["fine"].finish == "length"
     assert len(bench.solo(adapter=adapter.digest)) == 8
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -82,7 +84,16 @@ def test_what_nobody_promoted_is_loaded_when_somebody_asks(house: House) -> None
         house.push("two")
         await house.catalog.sync()
         assert house.engine.log == []
-        await asyncio.gather(*(house.catalog.want("support@2") for _ in range(5)))
+        artifacts, copies = house.catalog.registry.artifacts, 0
+
+        def counted(digest: str, parent: Path) -> AbstractContextManager[Path]:
+            nonlocal copies
+            copies += 1
+            return type(artifacts).private_copy(artifacts, digest, parent)
+
+        with mock.patch.object(artifacts, "private_copy", counted):
+            await asyncio.gather(*(house.catalog.want("support@2") for _ in range(5)))
+        assert copies == 1
         assert house.digest("support@2") == house.registry.version("support@2").facts.digest
         await house.catalog.want(two)
         assert house.digest(two) == house.digest("support@1")
@@ -96,6 +107,29 @@ def test_what_nobody_promoted_is_loaded_when_somebody_asks(house: House) -> None
         assert house.digest("new@prod") == house.registry.version("new@1").facts.digest, (
             "without waiting for the poll"
         )
+
+    run(scenario())
+
+
+def test_a_version_that_fails_oddly_keeps_no_other_from_being_served(house: House) -> None:
+    async def scenario() -> None:
+        house.registry.promote(house.push("one"), "ada")
+        house.registry.promote(house.push("two", name="odd"), "ada")
+        odd = house.registry.version("odd@1").artifact
+        artifacts = house.catalog.registry.artifacts
+
+        def fails(digest: str, parent: Path) -> AbstractContextManager[Path]:
+            if digest == odd:
+                raise MemoryError("no room")
+            return type(artifacts).private_copy(artifacts, digest, parent)
+
+        with mock.patch.object(artifacts, "private_copy", fails):
+            await house.catalog.sync()
+        assert house.digest("support") == house.registry.version("support@1").facts.digest
+        with pytest.raises(ModelNotFound):
+            house.catalog.resolve("odd")
+        await house.catalog.sync()
+        assert house.digest("odd") == house.registry.version("odd@1").facts.digest
 
     run(scenario())
 

@@ -67,6 +67,19 @@ def test_pushing_what_is_there_is_a_conflict_and_pushing_what_is_bad_leaves_noth
     assert registry.check() == []
 
 
+def test_a_signature_stays_when_the_same_files_come_under_another_name(
+    registry: Registry, tmp_path: Path
+) -> None:
+    adapter = adapter_at(tmp_path / "a", "one")
+    (adapter / "model.sig").write_text("of the release")
+    registry.push("support", adapter, examine, label())
+    (adapter / "model.sig").write_text("of somebody")
+    registry.push("other", adapter, examine, label())
+    artifact = registry.version("support@1").artifact
+    assert registry.version("other@1").artifact == artifact
+    assert (registry.artifacts.path(artifact) / "model.sig").read_text() == "of the release"
+
+
 @pytest.mark.parametrize(
     "name", ["", "../x", "/a", "a/", "a/../b", "7", "a/7", "a@b", "x" * 65, "a\0", "-a", "ft:a"]
 )

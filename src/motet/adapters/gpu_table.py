@@ -22,6 +22,10 @@ MAX_SLOTS = 1024
 MAX_BLOCKS = 1 << 21
 """Rank blocks of all of them: 400 adapters of rank 32 on every map of gpt-oss-20b; 59 MB."""
 
+MAX_SITE_BLOCKS = 512 // RANKS
+"""Rank blocks of an adapter at one site, for which steps have room: rank 512. Fewer ranks if rows are so wide that
+a page holds only runs of less than RANKS of them."""
+
 
 @dataclass(frozen=True)
 class _Blocks:
@@ -79,19 +83,24 @@ class GpuTable:
         return self._slots[digest] if digest else -1
 
     def add(self, digest: str, chunks: ChunkTable, pages: tuple[int, ...]) -> int:
-        """Give the adapter whose chunks now lie in `pages` a slot. MotetError if the table is full."""
+        """Give the adapter whose chunks now lie in `pages` a slot. MotetError if the table or a step has no room."""
         assert digest not in self._slots, f"adapter {digest} is resident already"
         slot = next(i for i in range(len(self._slots) + 1) if i not in self._runs)
         blocks = _blocks(chunks, np.asarray(pages, np.int64), self._page_bytes, self._dtype)
         if slot >= MAX_SLOTS:
             raise MotetError(f"{MAX_SLOTS} adapters are resident, more have no place in the table")
+        count = np.bincount(blocks.site, minlength=self._num_sites).astype(np.int32)
+        if count.max() > MAX_SITE_BLOCKS:
+            raise MotetError(
+                f"the adapter has {count.max()} rank blocks at site {count.argmax()}, a step has room for "
+                f"{MAX_SITE_BLOCKS}: its rank is too high for rows so wide"
+            )
         begin = self._find(len(blocks.site))
         run = slice(begin, begin + len(blocks.site))
         table = self.current
         for target, values in ((table.a, blocks.a), (table.b, blocks.b), (table.rank, blocks.rank)):
             target[run] = torch.from_numpy(values).to(target.device)
         table.scale[run] = torch.from_numpy(blocks.scale).to(table.scale.device)
-        count = np.bincount(blocks.site, minlength=self._num_sites).astype(np.int32)
         first = (begin + np.cumsum(count) - count).astype(np.int32)
         table.first[:, slot] = torch.from_numpy(first).to(table.first.device)
         table.count[:, slot] = torch.from_numpy(count).to(table.count.device)

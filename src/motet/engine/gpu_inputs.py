@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from motet.adapters.gpu_table import GpuTable
+from motet.adapters.gpu_table import MAX_SITE_BLOCKS, GpuTable
 from motet.engine.gpu_shapes import INT, MOST_PROMPTS, Step, StepShape, cut, fields
 from motet.engine.inputs import kv_slots
 from motet.engine.staging import Staging
@@ -35,9 +35,6 @@ from motet.kernels.gpu.tuned import TYPICAL_RANK, tuned
 from motet.layers.gpu import GpuBatch, GpuKV, GpuLora
 from motet.memory.pool import Pool
 from motet.types import PENDING, Chunk, Plan
-
-MAX_RANK_BLOCKS = 512 // lora.RANKS
-"""Rank blocks at one site that a captured step has room for."""
 
 
 class StepBuilder:
@@ -159,7 +156,7 @@ class StepBuilder:
         if with_lora:
             adapters = GpuLora(
                 self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]),
-                self.decode_lora, self.decode_shrink, len(on["tokens"]), MAX_RANK_BLOCKS, idle,
+                self.decode_lora, self.decode_shrink, len(on["tokens"]), MAX_SITE_BLOCKS, idle,
             )  # fmt: skip
         return GpuBatch(
             on["tokens"], on["positions"], groups, self.pool.kv, on["logit_rows"], on["rows"], on["logits"],
@@ -197,7 +194,7 @@ class StepBuilder:
         room = self.room(rows)
         on = cut(staging.device, room, len(self.groups))
         most = min(self.max_decode, MOST_PROMPTS)
-        adapters = self._prompt_lora(on, most, MAX_RANK_BLOCKS, idle) if with_lora else None
+        adapters = self._prompt_lora(on, most, MAX_SITE_BLOCKS, idle) if with_lora else None
         return self._prompt_batch(on, room, adapters, pdl)
 
     def arrange(self, chunks: Sequence[Chunk]) -> Step:

@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from motet.adapters.image import open_image
-from motet.adapters.pager import ImageFile, OnMissing, Pager
+from motet.adapters.pager import ImageFile, LoadResult, OnMissing, Pager
 from motet.config import EngineConfig
 from motet.engine.device import (
     fitting,
@@ -233,14 +233,24 @@ class Engine:
     def _collect_loads(self) -> list[SeqOutput]:
         outputs: list[SeqOutput] = []
         for result in self.pager.finished():
-            self._tier.tried(result.load.digest, result.seconds)
-            if result.chunks is None:
-                outputs += self.scheduler.adapter_failed(result.load.digest, result.error or "unknown")
+            digest = result.load.digest
+            self._tier.tried(digest, result.seconds)
+            if (error := self._publish(result)) is not None:
+                outputs += self.scheduler.adapter_failed(digest, error)
                 continue
-            self.runner.table.add(result.load.digest, result.chunks, result.load.pages)
-            self._tier.came(result.load.digest)
-            self.scheduler.adapter_loaded(result.load.digest)
+            self._tier.came(digest)
+            self.scheduler.adapter_loaded(digest)
         return outputs
+
+    def _publish(self, result: LoadResult) -> str | None:
+        """Let kernels find an adapter that has come; why they cannot, or it has not."""
+        if result.chunks is None:
+            return result.error or "unknown"
+        try:
+            self.runner.table.add(result.load.digest, result.chunks, result.load.pages)
+        except MotetError as failure:
+            return f"adapter {result.load.digest[:12]} could not be loaded: {failure}"
+        return None
 
     def _let_go(self) -> None:
         """Keep nothing of forgotten adapters that no request needs any more."""

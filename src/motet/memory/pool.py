@@ -70,6 +70,7 @@ class Pool:
             )
         # Written once, so that memory which is not there fails now and not in the middle of a request.
         self.data = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8, device=device).fill_(0)
+        self._stream: torch.cuda.Stream | None = None  # of `fill`, which one thread calls
 
     def mark(self) -> Mark:
         """The end of what the device has been given to do so far; None where it is done when it returns."""
@@ -92,18 +93,24 @@ class Pool:
             for page, source in zip(pages, chain.from_iterable(map(np.asarray, content)), strict=True):
                 target[page] = source
             return
-        stream = torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()  # always one, for memory is kept for each
         if after is not None:
             stream.wait_event(after)
-        with torch.cuda.stream(stream):
-            where = torch.tensor(pages, device=self.data.device)
-            for run in content:
-                places, where = where[: len(run)], where[len(run) :]
-                for begin in range(0, len(run), STAGED_PAGES):
-                    some = run[begin : begin + STAGED_PAGES]
-                    fetched = self._fetch(some, stream)
-                    self.data.index_copy_(0, places[begin : begin + len(some)], fetched)
+        try:
+            with torch.cuda.stream(stream):
+                self._copy(pages, content, stream)
+        finally:  # even if it failed half-way: nothing is written to these pages later
             stream.synchronize()
+
+    def _copy(
+        self, pages: Sequence[int], content: Sequence[NDArray[np.uint8] | Tensor], stream: torch.cuda.Stream
+    ) -> None:
+        where = torch.tensor(pages, device=self.data.device)
+        for run in content:
+            places, where = where[: len(run)], where[len(run) :]
+            for begin in range(0, len(run), STAGED_PAGES):
+                some = run[begin : begin + STAGED_PAGES]
+                self.data.index_copy_(0, places[begin : begin + len(some)], self._fetch(some, stream))
 
     def _fetch(self, some: NDArray[np.uint8] | Tensor, stream: torch.cuda.Stream) -> Tensor:
         """Pages on the device, in memory of `stream`'s own; the source may be written to again."""

@@ -72,11 +72,11 @@ class Artifacts:
             shutil.rmtree(folder, ignore_errors=True)  # not there any more if it was kept
 
     def keep(self, folder: Path, digest: str) -> None:
-        """Rename a staged folder to its place. What is there already stays, unless it is damaged."""
+        """Rename a staged folder to its place. What is there already stays, its signature too, unless it is damaged."""
         place = self.path(digest)
         if place.exists():
             if self.problem(digest) is None:
-                if (folder / SIGNATURE).exists():
+                if (folder / SIGNATURE).exists() and not (place / SIGNATURE).exists():
                     os.replace(folder / SIGNATURE, place / SIGNATURE)
                 return
             self._discard(place)

@@ -63,8 +63,8 @@ class Catalog:
         self._holds: Counter[str] = Counter()  # requests that resolved to a digest and have not ended
         self._unnamed: set[str] = set()  # digests to forget when their last hold ends
         self._tasks: set[asyncio.Task[None]] = set()
-        self._names = _Locks()
-        self._digests = _Locks()
+        self._names = Locks()
+        self._digests = Locks()
 
     def records(self, tenant: str | None = None) -> list[AdapterRecord]:  # noqa: ARG002
         """All adapters by name, aliases as the adapter of their stable version. Nothing here depends on the tenant."""
@@ -248,7 +248,7 @@ def _check_path(path: str) -> None:
         raise InvalidRequest("lora_path must be a path of 1-4096 characters without NUL", "lora_path")
 
 
-class _Locks:
+class Locks:
     """One lock per key, kept only while somebody holds or awaits it."""
 
     def __init__(self) -> None:

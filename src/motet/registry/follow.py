@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from motet.errors import AdapterConflict, MotetError
 from motet.registry.artifacts import Tampered
-from motet.registry.catalog import AdapterEngine, Catalog
+from motet.registry.catalog import AdapterEngine, Catalog, Locks
 from motet.registry.judge import Judge
 from motet.registry.monitor import Monitor
 from motet.registry.policy import ANYBODY, Decision, PolicyDenied
@@ -77,6 +77,7 @@ class RegistryCatalog(Catalog):
         self._failures: dict[str, str] = {}  # what kept a version from being served, by its name
         self._retry = 0.0
         self._syncing = asyncio.Lock()
+        self._loading = Locks()
 
     @property
     def fetch(self) -> tuple[str, ...]:
@@ -228,15 +229,19 @@ class RegistryCatalog(Catalog):
     async def _try(self, version: Version) -> None:
         try:
             await self._serve(version)
-        except (MotetError, OSError) as failure:
+        except Exception as failure:  # whatever it is, no other version waits for this one
             if self._failures.get(version.ref) != str(failure):
-                logger.error("%s is not served: %s", version.ref, failure)
+                expected = isinstance(failure, (MotetError, OSError))
+                logger.error("%s is not served: %s", version.ref, failure, exc_info=not expected)
             self._failures[version.ref] = str(failure)
 
     async def _serve(self, version: Version) -> None:
-        """Load a version from a private copy of its files, which must be those that were pushed."""
-        if self._serves(version):
-            return
+        """Load a version from a private copy of its files, which must be those that were pushed; once at a time."""
+        async with self._loading.hold(version.ref):
+            if not self._serves(version):
+                await self._load_copy(version)
+
+    async def _load_copy(self, version: Version) -> None:
         artifacts = self.registry.artifacts
         try:
             async with _in_thread(artifacts.private_copy(version.artifact, self._copies)) as folder:

@@ -15,9 +15,10 @@ from contextlib import aclosing
 import msgspec
 
 from motet.engine.protocol import AdapterHost, Generator
-from motet.errors import MotetError
+from motet.errors import EngineDead, MotetError
 from motet.registry.follow import RegistryCatalog
 from motet.server.intake import Job
+from motet.tenancy.load import QueueTimeout
 from motet.types import Account, Delta, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,10 @@ class Rollout:
                         said += delta.token_ids
                     yield delta
         except (asyncio.CancelledError, GeneratorExit):  # the client went: that says nothing of the version
+            raise
+        except MotetError as failure:  # nor does what the client or the whole server is to blame for
+            if failure.status >= 500 and not isinstance(failure, (QueueTimeout, EngineDead)):
+                host.monitor.record(job.model, None)
             raise
         except Exception:
             host.monitor.record(job.model, None)

@@ -126,17 +126,21 @@ class RedisCounters:
         try:
             return await script(keys=keys, args=arguments)
         except self._failures as error:
-            raise QuotaUnavailable(f"the shared quotas cannot be read: {error}") from error
+            logger.warning("the shared quotas cannot be read: %s", error)
+            raise QuotaUnavailable("the shared quotas cannot be read") from error
 
 
 def connect(url: str) -> RedisCounters:
     """Counters at a `redis://` URL. Raises ConfigError if the `redis` extra is missing or the URL is none."""
     try:
         from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
     except ImportError as error:
         raise ConfigError("quotas in Redis need the extra: pip install 'motet[redis]'") from error
     try:
-        client = Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
+        once = Retry(NoBackoff(), 0)  # a script whose answer was lost may have counted already
+        client = Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0, retry=once)
     except ValueError as error:
         raise ConfigError(f"redis: {error}") from error
     return RedisCounters(client)
