@@ -12,6 +12,9 @@ import pytest
 
 from motet.config import ServerConfig
 from motet.server.sagemaker import SageMaker
+from motet.tenancy.access import Guard
+from motet.tenancy.keys import new_key
+from motet.tenancy.store import Contents
 from tests.live import live_server
 from tests.tiny import write_adapter, write_model
 
@@ -23,9 +26,9 @@ ADAPTER = {"X-Amzn-SageMaker-Adapter-Identifier": "poet"}
 class Container:
     """The application as SageMaker sees it."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: House, guard: Guard | None = None) -> None:
         self.house = house
-        self.app = SageMaker(house.app, house.catalog.base, house.config.max_body_bytes)
+        self.app = SageMaker(house.app, house.catalog.base, house.config.max_body_bytes, guard or Guard())
 
     def ask(self, method: str, path: str, **request: object) -> httpx.Response:
         async def call() -> httpx.Response:
@@ -43,6 +46,33 @@ class Container:
 @pytest.fixture
 def container() -> Container:
     return Container(build())
+
+
+def test_no_body_is_read_without_a_key_or_of_another_type() -> None:
+    record, token = new_key("acme", "inference")
+    contents = Contents({record.id: record}, {})
+    container = Container(build(), Guard(lambda: contents))
+    kept = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal kept
+        while True:
+            kept += 1
+            yield b"x" * 1000
+
+    for path in ("/invocations", "/adapters"):
+        answer = container.ask("POST", path, content=endless())
+        assert answer.status_code == 401
+        headers = {"authorization": f"Bearer {token}", "content-type": "text/plain"}
+        assert container.ask("POST", path, content=endless(), headers=headers).status_code == 415
+    assert kept == 0
+
+
+def test_a_million_fields_are_not_looked_into(container: Container) -> None:
+    body = {f"a{i}": 1 for i in range(200_000)}
+    answer = container.invoke(body)
+    assert answer.status_code == 400
+    assert "elements" in answer.json()["error"]["message"]
 
 
 def test_ping_is_green_once_the_engine_is_warm(container: Container) -> None:

@@ -12,7 +12,15 @@ import pytest
 import motet.tenancy.access
 from motet.config import TenantPolicy
 from motet.errors import ConfigError
-from motet.tenancy.access import EMPTY, OPERATOR, REFRESH_SECONDS, Guard, Principal, Unauthenticated
+from motet.tenancy.access import (
+    EMPTY,
+    GIVE_UP_SECONDS,
+    OPERATOR,
+    REFRESH_SECONDS,
+    Guard,
+    Principal,
+    Unauthenticated,
+)
 from motet.tenancy.keys import Role, new_key
 from motet.tenancy.store import Contents, StoreUnavailable
 from motet.tenancy.tenants import Tenant
@@ -158,6 +166,49 @@ def test_a_database_that_hangs_is_waited_for_once_and_not_long(monkeypatch: pyte
 
     asyncio.run(scenario())
     assert database.reads == 2
+
+
+def test_a_database_that_never_answers_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(motet.tenancy.access, "READ_SECONDS", 0.05)
+    database, clock, dead = Database(), Clock(), threading.Event()
+    token = database.key("acme")
+
+    def read() -> Contents:
+        if database.reads == 1:
+            database.reads += 1
+            dead.wait(10)
+        return database.read()
+
+    guard = Guard(read, clock=clock)
+    database.revoke_all()
+
+    async def scenario() -> None:
+        for _ in range(int(GIVE_UP_SECONDS / REFRESH_SECONDS) + 1):
+            clock.now += REFRESH_SECONDS
+            assert (await guard.principal(token)).tenant.name == "acme"
+        clock.now += REFRESH_SECONDS
+        assert (await guard.principal(token)).tenant.name == "acme"
+        clock.now += REFRESH_SECONDS
+        with pytest.raises(Unauthenticated):
+            await guard.principal(token)
+        dead.set()
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_understood_changes_nothing() -> None:
+    database, clock = Database(), Clock()
+    token, odd = database.key("acme"), False
+
+    def read() -> Contents:
+        if odd:
+            raise msgspec.ValidationError("unknown field `budget`")
+        return database.read()
+
+    guard = Guard(read, clock=clock)
+    odd = True
+    clock.now += REFRESH_SECONDS
+    assert who(guard, token).tenant.name == "acme"
 
 
 def test_many_requests_read_once() -> None:

@@ -12,7 +12,7 @@ from fakeredis import FakeAsyncRedis, FakeServer
 
 from motet.config import TenantPolicy
 from motet.errors import ConfigError
-from motet.tenancy.quota import Counters, LocalCounters, RateLimited, Visit
+from motet.tenancy.quota import Counters, Entry, LocalCounters, RateLimited, Visit
 from motet.tenancy.shared import QuotaUnavailable, RedisCounters, connect
 from motet.tenancy.tenants import Tenant
 
@@ -191,6 +191,23 @@ def test_servers_share_what_is_in_redis() -> None:
         hold = asyncio.Event()
         inside = await asyncio.gather(*(admitted(counters, who, 10, hold) for counters in servers))
         assert sum(inside) == 4
+
+    asyncio.run(scenario())
+
+
+def test_a_place_whose_answer_was_lost_is_given_back() -> None:
+    class Lossy(LocalCounters):
+        async def enter(self, tenant: Tenant, request: str) -> Entry:
+            await super().enter(tenant, request)
+            raise QuotaUnavailable("the answer was lost")
+
+    async def scenario() -> None:
+        counters, who = Lossy(), tenant(max_concurrent=1)
+        for _ in range(3):
+            with pytest.raises(QuotaUnavailable):
+                async with Visit(counters, who):
+                    raise AssertionError("it is not let in")
+        assert (await LocalCounters.enter(counters, who, "next")).has_place
 
     asyncio.run(scenario())
 

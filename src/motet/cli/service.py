@@ -86,7 +86,8 @@ async def run_server(
             catalog = _catalog(settings, spec, name, bind, client, metrics)
             app = create_app(frontend, catalog, settings.server, metrics, tenancy, tracer)
             if settings.server.sagemaker:
-                app.add_middleware(SageMaker, base=name, max_body_bytes=settings.server.max_body_bytes)
+                limit = settings.server.max_body_bytes
+                app.add_middleware(SageMaker, base=name, max_body_bytes=limit, guard=tenancy.guard)
             drain = app.state.lifecycle.drain
             url = asyncio.get_running_loop().create_future()
             # A Ctrl-C until now ends this task here; from now on the server handles it.

@@ -84,4 +84,5 @@ class Judge:
         try:
             self._registry.note("policy", "deny", ref, detail)
         except MotetError as failure:
+            self._noted.discard((ref, detail))  # the next time
             logger.error("the audit log was not told that %s was denied %s: %s", ref, detail, failure)

@@ -137,7 +137,7 @@ class Gate:
         rule = rule_of(scope)
         if rule == PUBLIC:
             return
-        principal: Principal = await self._guard.principal(_token(scope))
+        principal: Principal = await self._guard.principal(token_of(scope))
         scope["state"]["principal"] = principal
         if rule is None:
             return
@@ -157,7 +157,8 @@ def rule_of(scope: Scope) -> Rule | None:
     return None
 
 
-def _token(scope: Scope) -> str | None:
+def token_of(scope: Scope) -> str | None:
+    """The key that a request comes with."""
     scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else None
 

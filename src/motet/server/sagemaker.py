@@ -6,7 +6,8 @@
     GET    /adapters           GET  /v1/models
     DELETE /adapters/{name}    POST /v1/unload_lora_adapter
 
-So limits, errors and metrics are those of any request. The header X-Amzn-SageMaker-Adapter-Identifier names the
+So limits, errors and metrics are those of any request. A body is read here only for a key that is known, and only one
+that says it is JSON, or says nothing. The header X-Amzn-SageMaker-Adapter-Identifier names the
 adapter; a request without it, and without a `model`, goes to the base.
 """
 
@@ -21,11 +22,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from motet.errors import MotetError
-from motet.server.failures import response_to
+from motet.server.failures import UnsupportedMediaType, response_to
+from motet.server.gate import token_of
 from motet.server.openai import Strict, parse
+from motet.tenancy.access import Guard
 
 ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 _MAX_FIELDS = 100
+_MAX_COMMAS = 1 << 17  # of a body that is looked into: 20 ms
 _Body = dict[str, Raw]
 
 
@@ -41,10 +45,11 @@ class RegisterRequest(Strict, frozen=True):
 class SageMaker:
     """ASGI middleware, outside of all others."""
 
-    def __init__(self, app: ASGIApp, base: str, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, base: str, max_body_bytes: int, guard: Guard) -> None:
         self._app = app
         self._base = base
         self._max_body = max_body_bytes
+        self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,7 +69,7 @@ class SageMaker:
             case "GET", "/adapters":
                 await self._app(_moved(scope, "GET", "/v1/models"), receive, _listing(send))
             case "POST", "/adapters":
-                taken = await _take(receive, self._max_body)
+                taken = await self._take(scope, receive)
                 asked = parse(taken.body, RegisterRequest, _MAX_FIELDS)
                 body = {"lora_name": asked.name, "lora_path": asked.src}
                 await self._send_on(scope, "/v1/load_lora_adapter", body, receive, send)
@@ -75,7 +80,7 @@ class SageMaker:
                 await self._app(scope, receive, send)
 
     async def _invoke(self, scope: Scope, receive: Receive, send: Send) -> None:
-        taken = await _take(receive, self._max_body)
+        taken = await self._take(scope, receive)
         path, body = "/v1/completions", taken.body
         if (fields := _fields(taken)) is not None:
             path = "/v1/chat/completions" if "messages" in fields else path
@@ -88,6 +93,13 @@ class SageMaker:
         await self._app(
             _moved(scope, "POST", path, body if taken.whole else None), _replay(messages, receive), send
         )
+
+    async def _take(self, scope: Scope, receive: Receive) -> _Taken:
+        await self._guard.principal(token_of(scope))
+        kind = Headers(scope=scope).get("content-type", "application/json")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            raise UnsupportedMediaType("the request body must have Content-Type: application/json")
+        return await _take(receive, self._max_body)
 
     async def _send_on(self, scope: Scope, path: str, value: object, receive: Receive, send: Send) -> None:
         body = msgspec.json.encode(value)
@@ -113,8 +125,10 @@ async def _take(receive: Receive, limit: int) -> _Taken:
 
 
 def _fields(taken: _Taken) -> _Body | None:
+    if not taken.whole or taken.body.count(b",") > _MAX_COMMAS:
+        return None
     try:
-        return msgspec.json.decode(taken.body, type=_Body) if taken.whole else None
+        return msgspec.json.decode(taken.body, type=_Body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 

@@ -22,6 +22,7 @@ from motet.types import ANYBODY, Account, Struct
 logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 2.0
 READ_SECONDS = 1.0  # that a request waits for a database
+GIVE_UP_SECONDS = 10.0  # after which a database that has not answered is asked again
 EMPTY = Contents({}, {})
 
 
@@ -79,6 +80,7 @@ class Guard:
         self._until = 0.0
         self._take(read() if read else EMPTY)
         self._reading: asyncio.Future[Contents] | None = None
+        self._asked = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -105,6 +107,7 @@ class Guard:
             return
         if self._reading is None:
             self._reading = asyncio.ensure_future(asyncio.to_thread(self._read))
+            self._asked = self._clock()
         reading = self._reading
         await asyncio.wait({reading}, timeout=READ_SECONDS)
         if self._reading is not reading or self._clock() < self._until:
@@ -112,12 +115,16 @@ class Guard:
         self._until = self._clock() + REFRESH_SECONDS
         if not reading.done():
             logger.error("keys and tenants are as they were: the database does not answer")
+            if self._clock() > self._asked + GIVE_UP_SECONDS:
+                self._reading = None  # ask anew: that connection may be dead
             return
         self._reading = None
         try:
             self._take(reading.result())
         except MotetError as error:
             logger.error("keys and tenants are as they were: %s", error)
+        except Exception:  # a row that only a newer version can read: refuse nobody for it
+            logger.exception("keys and tenants are as they were")
 
     def _take(self, contents: Contents) -> None:
         self._contents = contents

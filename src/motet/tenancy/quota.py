@@ -161,7 +161,11 @@ class Visit:
         self._levels: dict[str, Level | None] = {}
 
     async def __aenter__(self) -> Visit:
-        entry = await self._counters.enter(self._tenant, self._id)
+        try:
+            entry = await self._counters.enter(self._tenant, self._id)
+        except BaseException:  # perhaps only the answer was lost, and the place is taken
+            await self._counters.leave(self._tenant, self._id, 0)
+            raise
         self._levels["requests"] = entry.requests
         if not entry.has_place:
             limit = self._tenant.policy.max_concurrent
