@@ -7,6 +7,7 @@ any step that uses the slot, on the stream of the steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,9 @@ class _Blocks:
 
 
 class GpuTable:
-    """Slots of the adapters that are resident in one memory of pages."""
+    """Slots of the adapters that are resident in one memory of pages, `max_slots` at a time."""
+
+    max_slots = MAX_SLOTS
 
     def __init__(
         self, num_sites: int, memory: Tensor, page_bytes: int, dtype: torch.dtype = torch.bfloat16
@@ -99,11 +102,11 @@ class GpuTable:
         run = slice(begin, begin + len(blocks.site))
         table = self.current
         for target, values in ((table.a, blocks.a), (table.b, blocks.b), (table.rank, blocks.rank)):
-            target[run] = torch.from_numpy(values).to(target.device)
-        table.scale[run] = torch.from_numpy(blocks.scale).to(table.scale.device)
+            target[run] = _sent(values, target.device)
+        table.scale[run] = _sent(blocks.scale, table.scale.device)
         first = (begin + np.cumsum(count) - count).astype(np.int32)
-        table.first[:, slot] = torch.from_numpy(first).to(table.first.device)
-        table.count[:, slot] = torch.from_numpy(count).to(table.count.device)
+        table.first[:, slot] = _sent(first, table.first.device)
+        table.count[:, slot] = _sent(count, table.count.device)
         self._slots[digest] = slot
         self._runs[slot] = run.start, run.stop
         self._ranks[slot] = int(count.max())
@@ -127,6 +130,12 @@ class GpuTable:
         if begin + size > MAX_BLOCKS:
             raise MotetError(f"the table of {MAX_BLOCKS} rank blocks has no room for {size} more")
         return begin
+
+
+def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on its way to a GPU: from memory that is not pinned the host would wait for the step under way."""
+    found = torch.from_numpy(values)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 def _blocks(chunks: ChunkTable, pages: NDArray[np.int64], page_bytes: int, dtype: torch.dtype) -> _Blocks:

@@ -15,7 +15,7 @@ from torch import Tensor
 from motet.adapters.gpu_table import GpuTable
 from motet.engine.gpu_inputs import StepBuilder
 from motet.engine.gpu_sampler import GpuSampler
-from motet.engine.gpu_shapes import BUCKETS, MOST_PROMPTS, Step, bucket, cut, prompt_sizes
+from motet.engine.gpu_shapes import BUCKETS, Step, bucket, cut, prompt_sizes
 from motet.engine.sampler import Draw, Drawn, SamplingRow
 from motet.engine.staging import Staging
 from motet.layers.decoder import Decoder
@@ -24,7 +24,8 @@ from motet.memory.pool import Pool
 from motet.types import Chunk, Plan, SamplingParams
 
 Key = tuple[bool, int, bool, frozenset[int]]
-"""What graphs are captured for: steps with prompts or of single tokens; rows; with adapters; rare sites left out."""
+"""What graphs are captured for: steps with prompts or of single tokens; rows; with adapters; all or none of
+the rare sites left out."""
 
 
 class GpuRunner:
@@ -97,8 +98,6 @@ class GpuRunner:
 
     def _size_for(self, step: Step) -> int:
         """The captured size that has room for a step with prompts; 0 if none has."""
-        if step.adapters > MOST_PROMPTS:
-            return 0
         return next((s for s in self._sizes if self._builder.room(s).has_room_for(step.shape)), 0)
 
     def _fill_single(self, size: int, chunks: Sequence[Chunk]) -> None:
@@ -142,17 +141,20 @@ class GpuRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture every size with and without adapters, the largest first, so that the others fit in its memory.
+        """Capture every size without adapters, with them, and with some that adapt rare sites; the largest first, so
+        that the others fit in its memory.
 
         Then sample with and without truncation: from now on nothing is compiled.
         """
         single = [size for size in BUCKETS if size <= self._largest]
         for prompts, sizes in ((True, self._sizes), (False, single)):
             for size in reversed(sizes):
-                for with_lora in (True, False):
-                    self._captured(
-                        (prompts, size, with_lora, self._builder.rare if with_lora else frozenset())
-                    )
+                for with_lora, idle in (
+                    (True, frozenset()),
+                    (True, self._builder.rare),
+                    (False, frozenset()),
+                ):
+                    self._captured((prompts, size, with_lora, idle))
         for params in (SamplingParams(), SamplingParams(top_k=2)):
             self._sampler.draw(self._logits[:1], [SamplingRow(0, params, (), 0, 0, ())]).result()
         torch.cuda.synchronize()

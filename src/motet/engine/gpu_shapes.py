@@ -18,7 +18,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 PROMPT_STEPS = ((2048, 1024), (256, 256), (128, 128), (0, 64))
 """Rows of captured steps with prompts: from the first number on, multiples of the second."""
 MOST_PROMPTS = 32
-"""Prompts, and different adapters, of a captured step."""
+"""Prompts of a captured step."""
 INT = torch.int32
 
 

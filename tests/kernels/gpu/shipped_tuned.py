@@ -11,7 +11,7 @@ import torch
 from motet.kernels.activation import Activation
 from motet.kernels.gpu import lora, tuned
 from motet.kernels.gpu.dense import DenseConfig, DenseUpdate, arrivals, dense_product
-from motet.kernels.gpu.moe import ProductConfig, product
+from motet.kernels.gpu.moe import ProductConfig, product, tile_rows
 from motet.kernels.gpu.moe_lora import ExpertUpdate, ShrinkConfig, shrink, shrunk
 from motet.kernels.gpu.route import Sorted
 from tests.kernels.gpu.shipped_dense import meta, rank_blocks, tiles
@@ -53,18 +53,24 @@ def experts(shape: Mapping[str, int], config: ProductConfig) -> None:
         )  # fmt: skip
 
 
-def shrinks(shape: Mapping[str, int], config: ShrinkConfig) -> None:
-    tokens, hidden = 1600, shape["hidden"]
+def shrinks(shape: Mapping[str, int], config: ShrinkConfig, tokens: int = 1600, rows: int = 128) -> None:
+    hidden = shape["hidden"]
     for gather in (True, False):
-        work = Sorted.empty(tokens, TOP_K, EXPERTS, 128, 8, "meta")
+        work = Sorted.empty(tokens, TOP_K, EXPERTS, rows, 8, "meta")
         x = meta(tokens if gather else tokens * TOP_K, hidden)
         update = ExpertUpdate(rank_blocks(), 0, shrunk(tokens * TOP_K, 2 if gather else 1, 64, x))
         shrink(x, work, update, gather=gather, config=config, pdl=True)
 
 
+def decode_shrinks(shape: Mapping[str, int], config: ShrinkConfig) -> None:
+    """Up to 128 rows: 256 would keep 128 bytes of a thread in memory, for the sake of steps a fifth as long."""
+    for tokens in (16, 64, 128):
+        shrinks(shape, config, tokens, tile_rows(tokens, TOP_K, EXPERTS))
+
+
 LAUNCH: dict[str, Callable[[Mapping[str, int], Any], None]] = {
     "dense_product": dense, "lora_decode": adapters, "lora_prefill": adapters, "moe_product": experts,
-    "moe_shrink_decode": shrinks, "moe_shrink_prefill": shrinks,
+    "moe_shrink_decode": decode_shrinks, "moe_shrink_prefill": shrinks,
 }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class DenseConfig:
     warps: int = 4
     stages: int = 8
     splits: int = 1
-    ranks: int = 64
+    ranks: int = 128
     prefetch: int = 0
     even: bool = True
 
