@@ -1,6 +1,7 @@
 """Motet through the cases that peers are measured with, one JSON line each.
 
-    python benchmarks/gpu/closed_loop.py CHECKPOINT [--cases steady,together,base,alone,cold,crowd,many] [--adapters 8]
+    python benchmarks/gpu/closed_loop.py CHECKPOINT [--cases steady,together,base,alone,cold,crowd,many,zipf]
+        [--adapters 8] [--pool-bytes N]
 
 Adapters are the directories CHECKPOINT-lora0, CHECKPOINT-lora1, … beside it.
 """
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=1600)
     parser.add_argument("--images", type=Path, default=None, help="where packed adapters go")
+    parser.add_argument("--pool-bytes", type=int, default=None, help="for crowd and zipf: less than all adapters take")
     arguments = parser.parse_args()
     began = time.perf_counter()
     model = arguments.checkpoint
@@ -38,6 +40,7 @@ def main() -> None:
         max_model_len=2304,
         max_running=arguments.in_flight,
         max_step_tokens=2048,
+        pool_bytes=arguments.pool_bytes,
         prefix_caching=False,
     )
 

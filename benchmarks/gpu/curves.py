@@ -68,20 +68,24 @@ def measure(model: str, layers: int, device: str = "cuda", clock: object = milli
     """All points; a stack too large for the GPU is told and left out."""
     assert callable(clock)
     values = few_layers({**COMMON, **CONFIGS[model]}, layers)
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    longest = max(_work(point).positions for point in points(model))
+    stack: Stack | None = None
     for work, group in groupby(points(model), _work):
+        gc.collect()
         try:
-            stack = Stack(values, work, device, torch.bfloat16 if device == "cuda" else torch.float32)
+            if stack is None:
+                stack = Stack(values, replace(work, positions=longest), device, kind)
+                tuned.load(None, stack.gpu)
+            stack.take(work)
         except torch.OutOfMemoryError as error:
             sys.stderr.write(f"{work} does not fit: {str(error).splitlines()[0]}\n")
             continue
-        tuned.load(None, stack.gpu)
         for point in group:
             prompt = point.axis == "prompt"
             count = point.tokens if prompt else point.rows
             times = [clock(stack, Step(prompt, count, adapted=adapted)) for adapted in (True, False)]
             yield replace(point, with_adapters=times[0], base_only=times[1])
-        del stack
-        gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 

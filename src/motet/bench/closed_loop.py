@@ -7,6 +7,7 @@
     cold       an adapter never seen arrives while others decode
     crowd      twice as many adapters, short answers
     many       64 adapters, all in the pool before it begins, each request with another one
+    zipf       128 adapters, more than the pool holds, the i-th asked for 1/i times as often as the first; short answers
 
 Prompts are random token ids, all different; answers have their full length. OTPS is the output tokens per second of one
 request, the inverse of the mean time per output token; TTFT the time to the first token.
@@ -25,8 +26,8 @@ import msgspec
 from motet.engine.loop import Engine
 from motet.types import BASE, Request, SamplingParams
 
-MANY = 64
-"""Different adapters of the case of that name."""
+MANY, ZIPF = 64, 128
+"""Different adapters of the cases of these names."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -66,6 +67,7 @@ class Case:
 def cases(in_flight: int, adapters: int, output: int = 600) -> dict[str, Case]:
     """The cases by name; answers have `output` tokens, those of `alone` half, those of `crowd` a third."""
     n = in_flight
+    popular = random.Random(1).choices(range(ZIPF), [1 / (i + 1) for i in range(ZIPF)], k=16 * n)
     return {
         "steady": Case(4 * n, n, lambda i: i % adapters, output, steady=True),
         "together": Case(2 * n, n, lambda i: i % adapters, output),
@@ -73,6 +75,7 @@ def cases(in_flight: int, adapters: int, output: int = 600) -> dict[str, Case]:
         "alone": Case(2, 1, lambda i: i % adapters, output // 2),
         "cold": Case(n - 1, n - 1, lambda i: i % max(adapters - 1, 1), output, newcomers=(20, 21, 22)),
         "crowd": Case(3 * n, n, lambda i: 30 + i % (2 * adapters), output // 3, steady=True),
+        "zipf": Case(len(popular), n, popular.__getitem__, output // 3, steady=True),
         "many": Case(max(MANY, 2 * n), n, lambda i: i % MANY, output // 2, steady=True, warm=True),
     }
 

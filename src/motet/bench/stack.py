@@ -51,7 +51,6 @@ class Stack:
         self, values: Mapping[str, Any], work: Work, device: str = "cuda", kind: torch.dtype = torch.bfloat16
     ) -> None:
         """`values` are those of a model's config.json, see `few_layers`. ModelRefused as for the model itself."""
-        self.work = work
         self.gpu = torch.cuda.get_device_name() if device == "cuda" else device
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(values))
@@ -63,12 +62,20 @@ class Stack:
         weights = RandomWeights(GpuDevice(torch.device(device), kind))
         decoder: Decoder = ARCHITECTURES[name].build(config, self.spec, weights, work.positions)
         self.decoder = with_copies(decoder) if copies_bytes(decoder) else decoder
+        self._place, self._positions = device, work.positions
+        self.take(work)
+
+    def take(self, work: Work) -> None:
+        """Other room, other adapters and KV, for the same weights; positions not beyond those that it was made for."""
+        assert work.positions <= self._positions
+        self.work, kind = work, self.decoder.embedding.dtype
+        self.pool = self.table = None  # type: ignore[assignment]  # before there is memory for others
         each = page_bytes(self.spec, work.page_tokens, kind)
         self.adapter_pages = -(-_adapter_bytes(self.spec, work.rank, kind) // each)
         groups = len(self.spec.kv_groups)
         self.pages, longest = (-(-size // work.page_tokens) for size in (work.context + 1, work.positions))
         total = work.adapters * self.adapter_pages + max(work.rows * self.pages, longest) * groups
-        self.pool = Pool(self.spec, total * each, work.page_tokens, kind, device)
+        self.pool = Pool(self.spec, total * each, work.page_tokens, kind, self._place)
         self.pool.flat.view(kind).normal_(0, 0.02)
         self.table = GpuTable(len(self.spec.sites), self.pool.flat, self.pool.page_bytes, kind)
         self.digests = [f"adapter {i}" for i in range(work.adapters)]
