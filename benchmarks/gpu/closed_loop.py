@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=1600)
     parser.add_argument("--images", type=Path, default=None, help="where packed adapters go")
-    parser.add_argument("--pool-bytes", type=int, default=None, help="for crowd and zipf: less than all adapters take")
+    parser.add_argument(
+        "--pool-bytes", type=int, default=None, help="for crowd and zipf: less than all adapters take"
+    )
     arguments = parser.parse_args()
     began = time.perf_counter()
     model = arguments.checkpoint

@@ -25,7 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     (None: `$MOTET_TUNED_CONFIGS`, if set); they come before Motet's own. `prompt_copies` keeps four-bit experts in
     bfloat16 too, for prompts (None: on a GPU, if they take at most half of what the weights leave for the pool).
     `image_bytes` is the budget of packed adapters on disk, `host_bytes` that of copies of them in memory (None: on a
-    GPU a quarter of the machine's memory, at most 8 GiB, pinned; on a CPU none, where the page cache holds them).
+    GPU a quarter of the memory that is left to it, at most 8 GiB, pinned; on a CPU none, where the page cache holds
+    them).
     """
 
     model: str
@@ -98,8 +99,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     loopback unless `allow_open`. `tenants` come before those of the database. With `admin_port`, administration and
     metrics are answered there and nowhere else. `adapter_roots` are the folders that adapters may be loaded from at run
     time; with keys there are none but these. `redis` (a URL) shares quotas between servers. `max_queued` and
-    `queue_seconds` bound the wait for a first token over all tenants. `registry` is a folder or URL whose adapters are
-    served by their names there, `policy` the file that says which of them to whom.
+    `queue_seconds` bound the wait for a first token over all tenants. A request's head must come within `head_seconds`
+    of its first byte, its body within `body_seconds` and one more for each `body_rate` bytes that have come. `registry`
+    is a folder or URL whose adapters are served by their names there, `policy` the file that says which to whom.
     `sagemaker` answers to the routes of a SageMaker container too. `otlp_endpoint` is where traces go.
     """
 
@@ -123,6 +125,14 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_n: int = 16
     max_logprobs: int = 20
     max_body_bytes: int = 8 << 20
+    head_seconds: float = 60.0  # as nginx and Node.js
+    body_seconds: float = 60.0  # with the rate, as Apache, which begins with 20 s
+    body_rate: float = 500.0
+
+    def __post_init__(self) -> None:
+        for name in ("head_seconds", "body_seconds", "body_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def tuned_folder(config: EngineConfig) -> Path | None:

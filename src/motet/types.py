@@ -88,7 +88,8 @@ class SeqOutput(Struct, frozen=True):
     """What one engine step gave one sequence. `finish` is set exactly once, on the last output of a request.
 
     With finish "error", `error` is the message and `code` the word of the error's class. The first output of a request
-    says in `queue_seconds` how long it waited to be scheduled.
+    says in `queue_seconds` how long it waited to be scheduled, and in `prefill_seconds` how long its first token took
+    from there. `at` is when the engine had these tokens, on the clock of `Request.arrival`.
     """
 
     request_id: str
@@ -99,6 +100,8 @@ class SeqOutput(Struct, frozen=True):
     code: str | None = None
     cached_tokens: int = 0
     queue_seconds: float | None = None
+    prefill_seconds: float | None = None
+    at: float | None = None
 
 
 PENDING = -1
@@ -139,11 +142,15 @@ class Load(Struct, frozen=True):
 
 
 class Plan(Struct, frozen=True):
-    """One step, decided and not yet executed: adapters to drop, loads to start, tokens to compute, in this order."""
+    """One step, decided and not yet executed: adapters to drop, loads to start, tokens to compute, in this order.
+
+    `remakes` are adapters whose packed images are to be made again from their sources meanwhile.
+    """
 
     evictions: tuple[str, ...] = ()
     loads: tuple[Load, ...] = ()
     chunks: tuple[Chunk, ...] = ()
+    remakes: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -292,8 +299,8 @@ class EngineStats(Struct, frozen=True):
     replay a graph that was captured, and so compiled, before.
     `adapter_hits_by_pages` estimates for eleven sizes how many of the `adapter_requests` would have found their adapter
     at hand if adapters had a pool of so many pages to themselves.
-    `residency` maps digest → absent, loading, ready or draining; the counters only grow. `tiers` are pool, host (if
-    there is one) and disk; of the disk an engine alone knows only the hits.
+    `residency` maps digest → absent, loading, remaking, ready or draining; the counters only grow. `tiers` are pool,
+    host (if there is one) and disk; of the disk an engine alone knows only the hits.
     """
 
     running: int = 0
@@ -330,7 +337,7 @@ class EngineStats(Struct, frozen=True):
 class Delta(Struct, frozen=True):
     """A piece of the answer to one request: text that is final, its tokens, and at the end why it stopped.
 
-    The first of a choice says in `queue_seconds` how long it waited to be scheduled.
+    `queue_seconds`, `prefill_seconds` and `at` are those of SeqOutput.
     """
 
     index: int
@@ -341,3 +348,5 @@ class Delta(Struct, frozen=True):
     error: str | None = None
     cached_tokens: int = 0
     queue_seconds: float | None = None
+    prefill_seconds: float | None = None
+    at: float | None = None

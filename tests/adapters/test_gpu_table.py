@@ -43,6 +43,7 @@ def test_more_rank_blocks_than_a_step_has_room_for_are_refused(table: GpuTable) 
 
 
 def test_a_full_table_refuses_and_has_room_again(table: GpuTable) -> None:
+    assert table.max_slots == MAX_SLOTS
     for i in range(MAX_SLOTS):
         table.add(f"{i}", chunks([4]), (0,))
     with pytest.raises(MotetError, match="have no place in the table"):

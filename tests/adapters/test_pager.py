@@ -13,7 +13,7 @@ import pytest
 
 from motet.adapters.host import HostTier
 from motet.adapters.image import AdapterImage, write_image
-from motet.adapters.pager import MAX_REMAKES, ImageFile, LoadResult, Pager
+from motet.adapters.pager import ImageFile, LoadResult, Pager
 from motet.memory.pool import Pool, page_bytes
 from motet.types import Load
 from tests.adapters.bases import base
@@ -24,21 +24,14 @@ SIZE = page_bytes(SPEC, 4)
 
 
 class Desk:
-    """A pager, a pool of 200 pages, images on disk, and who was asked for one."""
+    """A pager, a pool of 200 pages, images on disk."""
 
     def __init__(self, folder: Path, host: HostTier | None) -> None:
         self.folder = folder
         self.pool = Pool(SPEC, 200 * SIZE, 4)
         self.ended = threading.Semaphore(0)
-        self.asked: list[tuple[str, str]] = []
-        self.answer: Callable[[str], str | None] | None = None
-        self.pager = Pager(self.pool, host, self.ended.release, self.missing)
+        self.pager = Pager(self.pool, host, self.ended.release)
         self.next_page = 0
-
-    def missing(self, digest: str, source: str) -> None:
-        self.asked.append((digest, source))
-        if self.answer is not None:
-            self.pager.remade(digest, self.answer(digest))
 
     def write(self, number: int) -> ImageFile:
         image, path = image_of(number, page=SIZE), self.folder / f"{number}.image"
@@ -58,13 +51,17 @@ class Desk:
         return result
 
     def load(self, number: int, file: ImageFile) -> str | None:
-        """Load an image and check that its bytes are in the pool; the error if it failed."""
+        """Load an image and check that its bytes are in the pool, and nothing is if it failed; the error if it did."""
         pages = self.begin(number, file)
+        before = self.pool.data.clone()
         result = self.end()
         assert (result.chunks is None) == (result.error is not None)
         if result.error is None:
             assert self.holds(pages, image_of(number, page=SIZE))
+        elif result.is_missing:
+            assert self.pool.data.equal(before)
         assert not self.pager.busy
+        self.was_missing = result.is_missing
         return result.error
 
     def holds(self, pages: tuple[int, ...], image: AdapterImage) -> bool:
@@ -101,10 +98,9 @@ def test_what_is_in_memory_is_not_read_again(tmp_path: Path) -> None:
     tiers = desk.pager.stats()
     assert (tiers["disk"].hits, tiers["host"].hits, tiers["host"].loads) == (1, 1, 1)
     assert (tiers["host"].resident, tiers["host"].bytes) == (1, image_of(1, page=SIZE).size_bytes)
-    assert not desk.asked
     desk.pager.forget(image_of(1).digest)
-    desk.answer = lambda _: "it is gone"
-    assert "it is gone" in (desk.load(1, file) or "")
+    assert "No such file" in (desk.load(1, file) or "")
+    assert desk.was_missing
     assert desk.pager.stats()["host"].resident == 0
     desk.pager.close()
 
@@ -143,48 +139,14 @@ def swap_pages(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [os.unlink, damage_header, damage_page, swap, swap_pages])
-def test_the_checked_bytes_are_served(desk: Desk, spoil: Callable[[Path], None]) -> None:
-    """Whatever happened to the file since it was checked: it is made again, and what was checked is loaded."""
+def test_only_the_checked_bytes_are_served(desk: Desk, spoil: Callable[[Path], None]) -> None:
+    """Whatever happened to the file since it was checked: it is missing, and nothing of it is served."""
     file = desk.write(1)
     spoil(file.path)
-    desk.answer = lambda _: write_image(image_of(1, page=SIZE), file.path)
-    assert desk.load(1, file) is None
-    assert desk.asked == [(image_of(1).digest, "/source/1")]
-
-
-@pytest.mark.parametrize("spoil", [os.unlink, damage_page])
-def test_what_cannot_be_made_again_fails_alone_and_not_for_ever(
-    desk: Desk, spoil: Callable[[Path], None]
-) -> None:
-    file = desk.write(1)
-    spoil(file.path)
-    desk.answer = lambda _: "the source is gone"
-    assert "the source is gone" in (desk.load(1, file) or "")
-    desk.answer = None
+    assert desk.load(1, file)
+    assert desk.was_missing
     assert desk.load(2, desk.write(2)) is None
     assert desk.load(1, desk.write(1)) is None, "the failure does not stick to the digest"
-
-
-def test_other_loads_go_on_while_an_image_is_made_again(desk: Desk) -> None:
-    gone = desk.write(1)
-    gone.path.unlink()
-    pages = desk.begin(1, gone)
-    other = desk.begin(2, desk.write(2))
-    assert desk.end().load.pages == other
-    assert desk.holds(other, image_of(2, page=SIZE))
-    assert desk.pager.busy
-    write_image(image_of(1, page=SIZE), gone.path)
-    desk.pager.remade(image_of(1).digest, None)
-    assert desk.end().error is None
-    assert desk.holds(pages, image_of(1, page=SIZE))
-
-
-def test_an_image_that_vanishes_again_and_again_is_given_up(desk: Desk) -> None:
-    file = desk.write(1)
-    file.path.unlink()
-    desk.answer = lambda _: None
-    assert "No such file" in (desk.load(1, file) or "")
-    assert len(desk.asked) == MAX_REMAKES
 
 
 def test_a_failure_nobody_thought_of_ends_its_load_only(
@@ -198,18 +160,12 @@ def test_a_failure_nobody_thought_of_ends_its_load_only(
     with monkeypatch.context() as patch:
         patch.setattr(desk.pool, "fill", broken)
         assert "RuntimeError: no memory on the device" in (desk.load(1, file) or "")
+        assert not desk.was_missing, "another image would not help"
     assert "could not be loaded" in caplog.text
     assert desk.load(1, file) is None
 
 
-def test_without_a_source_there_is_nobody_to_ask(desk: Desk) -> None:
-    file = ImageFile(desk.folder / "nothing", "", None)
-    assert "No such file" in (desk.load(1, file) or "")
-    assert not desk.asked
-
-
-def test_an_answer_that_nobody_waits_for_changes_nothing(desk: Desk) -> None:
-    desk.pager.remade("f" * 64, None)
+def test_forgetting_what_is_not_there_changes_nothing(desk: Desk) -> None:
     desk.pager.forget("f" * 64)
     assert desk.load(1, desk.write(1)) is None
     time.sleep(0.01)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from motet.adapters.residency import Residency
+from motet.adapters.residency import MAX_REMAKES, Residency
 from motet.memory.pages import PageAllocator
 from motet.memory.reuse import Reuse
 from motet.types import BASE
@@ -85,6 +85,78 @@ def test_a_failed_load_gives_its_pages_back_and_can_be_tried_again(
     residency.check_integrity()
     load(residency, "a")
     assert residency.is_ready("a")
+
+
+def test_what_finds_no_image_gives_its_pages_back_until_the_image_is_made_again(
+    residency: Residency, pages: PageAllocator
+) -> None:
+    for digest in "ab":
+        residency.begin_load(digest)
+        residency.missed(digest)
+        residency.check_integrity()
+    assert residency.states() == {"a": "remaking", "b": "remaking"}
+    assert (pages.free, residency.any_loading, residency.take_dropped()) == (11, False, ())
+    assert residency.is_on_its_way("a")
+    assert list(residency.to_remake()) == ["a", "b"]
+    residency.begin_remake("b")
+    assert (residency.being_remade, list(residency.to_remake())) == ("b", [])
+    with pytest.raises(AssertionError, match="a must wait"):
+        residency.begin_remake("a")
+    residency.remade("b")
+    assert residency.states() == {"a": "remaking", "b": "absent"}
+    assert list(residency.to_remake()) == ["a"]
+    load(residency, "b")
+
+
+def test_the_tries_of_a_load_are_counted(residency: Residency) -> None:
+    for _ in range(MAX_REMAKES):
+        assert residency.may_remake("a")
+        residency.begin_load("a")
+        residency.missed("a")
+        residency.remade("a")
+    assert not residency.may_remake("a")
+    load(residency, "a")
+    assert residency.may_remake("a")
+
+
+def test_an_image_that_cannot_be_made_again_leaves_an_absent_adapter(residency: Residency) -> None:
+    residency.begin_load("a")
+    residency.missed("a")
+    residency.begin_remake("a")
+    residency.failed("a")
+    assert (residency.states()["a"], residency.being_remade) == ("absent", None)
+    assert residency.may_remake("a")
+    residency.check_integrity()
+
+
+def test_one_that_is_forgotten_while_its_image_is_made_is_gone(residency: Residency) -> None:
+    residency.begin_load("a")
+    residency.missed("a")
+    residency.begin_remake("a")
+    residency.forget("a")
+    assert residency.states() == {"b": "absent"}
+    residency.remade("a")
+    assert residency.being_remade is None
+    residency.check_integrity()
+
+
+def test_slots_are_taken_by_loading_and_ready_adapters(pages: PageAllocator) -> None:
+    residency = Residency(pages, Reuse(pages.num_pages), slots=2)
+    for digest in "abc":
+        residency.register(digest, 1)
+    load(residency, "a")
+    assert not residency.is_full
+    residency.begin_load("b")
+    assert (residency.is_full, residency.lacks_slot) == (True, False), "a is idle"
+    with pytest.raises(AssertionError, match="2 adapters are resident"):
+        residency.begin_load("c")
+    residency.claim("a")
+    assert residency.lacks_slot
+    residency.missed("b")
+    assert (residency.is_full, residency.lacks_slot) == (False, False)
+    residency.evict("a")
+    residency.check_integrity()
+    assert residency.num_resident == 0
 
 
 def test_only_ready_adapters_can_be_pinned(residency: Residency) -> None:

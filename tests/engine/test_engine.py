@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from motet.adapters.image import ChunkTable
 from motet.adapters.store import ImageStore
+from motet.adapters.table import AdapterTable
 from motet.config import EngineConfig
 from motet.engine.loop import Engine
 from motet.engine.sampler import Drawn
@@ -93,6 +94,22 @@ class Bench:
 def bench(model: Path, folders: list[Path], tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(model, folders, tmp_path)
     yield bench
+    bench.engine.close()
+
+
+def test_a_table_of_few_slots_makes_adapters_take_turns(
+    model: Path, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All four fit into the pool; the table of a GPU has so many slots, and a request waits for one."""
+    monkeypatch.setattr(AdapterTable, "max_slots", 2)
+    bench = Bench(model, folders, tmp_path)
+    wanted = [bench.solo(adapter=adapter.digest) for adapter in bench.adapters]
+    for i, adapter in enumerate(bench.adapters):
+        bench.ask(f"{i}", adapter=adapter.digest)
+    while bench.engine.has_work:
+        bench.step()
+        assert len(bench.engine.runner.table) <= 2
+    assert [bench.answers[f"{i}"] for i in range(4)] == wanted
     bench.engine.close()
 
 

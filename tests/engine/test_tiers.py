@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,45 @@ def test_whatever_goes_wrong_in_making_an_image_again_ends_the_requests(
         assert "ZeroDivisionError" in (failed.error or "")
         house.client.use_disk(house.prepare)
         assert (await house.ask("works", digest)).finish == "length"
+
+    run(kind, model, tmp_path / "images", scenario)
+
+
+def test_while_an_image_is_made_again_others_have_its_pages(
+    kind: type[EngineClient], model: Path, folders: list[Path], tmp_path: Path
+) -> None:
+    """The pool holds one adapter; the disk is slow until the neighbour has its answer."""
+
+    class Slow:
+        def __init__(self, house: House) -> None:
+            self.house = house
+            self.asked: list[Path] = []
+            self.go_on = threading.Event()
+
+        def __call__(self, source: Path) -> PreparedAdapter:
+            self.asked.append(source)
+            assert self.go_on.wait(30)
+            return self.house.prepare(source)
+
+        def stats(self) -> TierStats:
+            return TierStats()
+
+    async def scenario(house: House) -> None:
+        lost, other = await house.register(folders[0]), await house.register(folders[1])
+        for path in (tmp_path / "images").glob(f"{lost}*"):
+            path.unlink()
+        disk = Slow(house)
+        house.client.use_disk(disk)
+        waiting = [asyncio.create_task(house.ask(f"lost {i}", lost)) for i in range(3)]
+        while not disk.asked:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+        assert (await house.client.stats()).residency[lost] == "remaking"
+        assert (await asyncio.wait_for(house.ask("neighbour", other), 30)).finish == "length"
+        assert not any(task.done() for task in waiting)
+        disk.go_on.set()
+        assert {(await task).finish for task in waiting} == {"length"}
+        assert len(disk.asked) == 1
+        assert (await house.client.stats()).loads_by_adapter == {lost: 1, other: 1}
 
     run(kind, model, tmp_path / "images", scenario)
 

@@ -15,24 +15,28 @@ def request(seq: int) -> Request:
 
 
 def test_a_wait_is_told_once_with_the_first_output() -> None:
-    times = StepTimes()
+    now = 20.5
+    times = StepTimes(lambda: now)
     times.launched(Plan(chunks=(chunk(0, 2), chunk(1, 2, False))), request, 13.0)
     times.launched(Plan(chunks=(chunk(0, 1), chunk(1, 1))), request, 20.0)
     first = times.told([SeqOutput("r0", (1,)), SeqOutput("r0", (2,)), SeqOutput("r1", (3,), finish="stop")])
     assert [output.queue_seconds for output in first] == [3.0, None, 2.0]
-    assert (
-        times.told([SeqOutput("r0", finish="abort"), SeqOutput("never", finish="error")])[0].queue_seconds
-        is None
-    )
-    assert vars(times)["_waited"] == {}
+    assert [output.prefill_seconds for output in first] == [7.5, None, 7.5], "from the first step on"
+    assert [output.at for output in first] == [20.5] * 3
+    now = 21.0
+    (last,) = times.told([SeqOutput("r0", (4,))])
+    assert (last.at, last.queue_seconds, last.prefill_seconds) == (21.0, None, None)
+    ended = times.told([SeqOutput("r0", finish="abort"), SeqOutput("never", finish="error")])
+    assert ended == [SeqOutput("r0", finish="abort"), SeqOutput("never", finish="error")]
+    assert vars(times)["_begun"] == {}
 
 
 def test_a_request_that_ends_at_once_is_forgotten() -> None:
     times = StepTimes()
     times.launched(Plan(chunks=(chunk(0, 1),)), request, 9.0)
     (output,) = times.told([SeqOutput("r0", finish="abort")])
-    assert output.queue_seconds == 0.0
-    assert vars(times)["_waited"] == {}
+    assert output == SeqOutput("r0", finish="abort", queue_seconds=0.0)
+    assert vars(times)["_begun"] == {}
 
 
 def test_steps_by_what_they_compute() -> None:

@@ -33,6 +33,7 @@ class Driver:
         max_model_len: int = 100,
         prefix_caching: bool = True,
         groups: tuple[KVGroup, ...] = (FULL,),
+        max_resident: int | None = None,
     ) -> None:
         config = SchedulerConfig(
             kv_groups=groups,
@@ -42,6 +43,7 @@ class Driver:
             max_model_len=max_model_len,
             prefix_caching=prefix_caching,
             eos_token_ids=(EOS,),
+            max_resident=max_resident,
         )
         self.scheduler = Scheduler(config, num_pages)
         self.names: dict[int, str] = {}

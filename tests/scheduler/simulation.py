@@ -111,6 +111,7 @@ class Simulation:
         self.memory: list[list[object]] = [[None] * config.page_tokens for _ in range(num_pages)]
         self.table: dict[str, tuple[int, ...]] = {}
         self.loading: dict[str, tuple[int, ...]] = {}
+        self.remaking: str | None = None
         self.told: dict[str, Told] = {}
         self.by_seq: dict[int, Told] = {}
         self.chosen: dict[int, int] = {}  # by sequence: the token that the last plan chose
@@ -147,11 +148,27 @@ class Simulation:
             self.table[digest] = pages
             self.scheduler.adapter_loaded(digest)
             return
-        for output in self.scheduler.adapter_failed(digest, "disk on fire"):
+        self.take_failure(digest, self.scheduler.adapter_failed(digest, "disk on fire"))
+        assert not any(told.request.adapter == digest for told in self.live)
+
+    def miss(self, digest: str) -> None:
+        """The load finds no image."""
+        del self.loading[digest]
+        held = self.scheduler.stats().adapter_pages
+        self.take_failure(digest, self.scheduler.adapter_missing(digest, "disk on fire"))
+        assert self.scheduler.stats().adapter_pages < held
+
+    def remade(self, ok: bool) -> None:
+        """The image that is being made again is there, or cannot be."""
+        digest, self.remaking = self.remaking, None
+        assert digest is not None
+        self.take_failure(digest, self.scheduler.image_remade(digest, None if ok else "disk on fire"))
+
+    def take_failure(self, digest: str, outputs: list[SeqOutput]) -> None:
+        for output in outputs:
             assert (output.finish, output.error) == ("error", "disk on fire")
             assert self.told[output.request_id].request.adapter == digest
             self.take(output)
-        assert not any(told.request.adapter == digest for told in self.live)
 
     def take(self, output: SeqOutput) -> None:
         told = self.told[output.request_id]
@@ -171,11 +188,11 @@ class Simulation:
     def step(self) -> Plan:
         self.now += 0.02
         before = set(self.scheduler._waiting)
-        loading = set(self.loading)
-        was_busy = self.scheduler.is_loader_busy
+        coming = {s.adapter for s in before if self.scheduler._residency.is_on_its_way(s.adapter)}
+        was_busy = self.scheduler._loads.is_busy
         plan = self.scheduler.schedule()
         self.scheduler.check_integrity()
-        self.check_passes(before, loading, was_busy, plan)
+        self.check_passes(before, coming, was_busy, plan)
         for digest in plan.evictions:
             del self.table[digest]
         for load in plan.loads:
@@ -183,6 +200,11 @@ class Simulation:
             assert load.digest not in self.loading
             self.loading[load.digest] = load.pages
             self.write_adapter(load.digest, load.pages[: len(load.pages) // 2])
+        most = self.config.max_resident
+        assert most is None or len(self.table) + len(self.loading) <= most
+        for digest in plan.remakes:
+            assert self.remaking is None, "one at a time"
+            self.remaking = digest
         self.check_disjoint(plan)
         sampled = [
             Sampled(chunk.seq, token) for chunk in plan.chunks if (token := self.compute(chunk)) is not None
@@ -260,7 +282,7 @@ class Simulation:
             own = table[chunk.start // self.config.page_tokens :]
             assert all(readers[page] == 1 for page in own), "a page is written by one and held by another"
 
-    def check_passes(self, before: set[SequenceState], loading: set[str], was_busy: bool, plan: Plan) -> None:
+    def check_passes(self, before: set[SequenceState], coming: set[str], was_busy: bool, plan: Plan) -> None:
         """Count for each waiting request how often a younger one was given pages while it lacked them.
 
         One whose adapter is absent lacks nothing but its turn while others are copied.
@@ -280,13 +302,13 @@ class Simulation:
             if seq not in queue:
                 del self.passes[seq.id]
                 continue
-            if seq.adapter in loading | started:
+            if seq.adapter in coming | started:
                 continue
             ready = seq.adapter in resident
             if not ready and any(s.seniority < seq.seniority for s in before if s.adapter == seq.adapter):
                 continue
             behind = [load for load in loads if load.seniority > seq.seniority]
-            if not ready and (was_busy or (self.scheduler.is_loader_busy and not behind)):
+            if not ready and (was_busy or (self.scheduler._loads.is_busy and not behind)):
                 continue  # it asked for nothing that it could have had
             given = admitted if ready and full else admitted + loads
             self.passes[seq.id] += any(
@@ -302,15 +324,21 @@ class Simulation:
         )
         assert stats.running + stats.waiting == len(self.live)
         if self.live and waits:
-            assert self.loading, "nothing to compute, nothing under way, and yet requests wait"
+            assert self.loading or self.remaking, "nothing to compute or under way, and yet requests wait"
+            on_its_way = self.scheduler._residency.is_on_its_way
+            assert self.loading or all(on_its_way(told.request.adapter) for told in self.live), (
+                "an image that is made again holds up those who wait for something else"
+            )
 
     def drain(self) -> None:
         """With no more arrivals everyone ends, and everything returns."""
         work = sum(len(told.tokens) + told.request.params.max_tokens for told in self.live)
         for _ in range(10 * work + 100):
-            if not self.live and not self.loading:
+            if not self.live and not self.loading and not self.remaking:
                 break
             self.step()
+            if self.remaking:
+                self.remade(ok=True)
             for digest in list(self.loading):
                 self.end_load(digest, ok=True)
         assert not self.live

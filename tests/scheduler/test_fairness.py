@@ -9,7 +9,7 @@ import pytest
 
 from motet.scheduler.blocks import KVLayout
 from motet.scheduler.cost import ADAPTER_PRICE, LOAD_PRICE, OUTPUT_PRICE, load_cost, progress_cost
-from motet.scheduler.fairness import Counters, Ledger, Space, who_gives_way, youngest
+from motet.scheduler.fairness import Counters, Ledger, Space, Standings, Want, who_gives_way, youngest
 from motet.scheduler.sequence import SequenceState
 from motet.types import BASE, Account, Request, SamplingParams
 from tests.scheduler.driver import FULL, Driver
@@ -165,6 +165,42 @@ def gives_way(
         freed=lambda seq: seq.blocks.num_pages,
     )
     return [seq.id for seq in chosen]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_search_is_left_out_that_would_find_somebody(seed: int) -> None:
+    """Whoever stands back according to Standings, or to a Want that found nobody, finds nobody."""
+    rng = random.Random(seed)
+    accounts = [Account(f"t{i}", rng.choice([0.5, 1.0, 3.0]), rng.choice([0, 0, 1])) for i in range(6)]
+    counters = {account: rng.choice([0.0, 1.0, 2.0, 5.0]) for account in accounts}
+
+    def turn(seq: SequenceState) -> tuple[int, float, float, float, int]:
+        account = seq.request.account
+        return -account.priority, counters[account], 0.0, 0.0, seq.id
+
+    def search(taker: SequenceState, pages: int, places: int, missing: int) -> list[int]:
+        own = taker.request.account
+        later = [s for s in running if s.request.account == own or turn(s)[:2] > turn(taker)[:2]]
+        return gives_way(taker, later, pages, places, missing)
+
+    running = [sequence(i, rng.choice(accounts[:4]), pages=rng.randint(1, 9)) for i in range(8)]
+    standings = Standings(running, SPACE, turn)
+    vain: list[Want] = []
+    left_out = 0
+    for id in range(100, 160):
+        taker = sequence(id, rng.choice(accounts))
+        pages, places, missing = rng.randint(0, 12), rng.randint(0, 1), rng.choice([0, 0, 3, 30])
+        if not places and not missing:
+            continue
+        want = Want(turn(taker)[:2], standings.share(taker.request.account, pages), places, missing)
+        found = search(taker, pages, places, missing)
+        is_vain = any(map(want.is_no_easier, vain))
+        if is_vain or not standings.might_give_way(want.turn, want.share):
+            assert not found
+            left_out += 1
+        elif not found:
+            vain.append(want)
+    assert left_out
 
 
 def test_the_youngest_of_who_holds_more_give_way_until_it_suffices() -> None:

@@ -49,6 +49,7 @@ def draw_config(rng: random.Random) -> tuple[SchedulerConfig, int]:
         max_model_len=rng.choice([20, 40, 61]),
         prefix_caching=rng.random() < 0.8,
         eos_token_ids=(EOS,),
+        max_resident=rng.choice([None, None, 1, 2, 5]),
     )
     return config, rng.choice([13, 21, 34, 60])
 
@@ -73,8 +74,12 @@ def disturb(sim: Simulation, rng: random.Random, sizes: dict[str, int]) -> None:
     event = rng.random()
     if event < 0.04 and sim.live:
         sim.abort(rng.choice(sim.live))
-    elif event < 0.40 and sim.loading:
+    elif event < 0.33 and sim.loading:
         sim.end_load(rng.choice(sorted(sim.loading)), ok=rng.random() < 0.8)
+    elif event < 0.37 and sim.loading:
+        sim.miss(rng.choice(sorted(sim.loading)))
+    elif event < 0.40 and sim.remaking:
+        sim.remade(ok=rng.random() < 0.8)
     elif event < 0.43:
         sim.scheduler.forget_adapter(rng.choice(sorted(sizes)))
     elif event < 0.50:
@@ -203,6 +208,7 @@ class Machine(RuleBasedStateMachine):
         max_step_tokens=st.sampled_from([1, 4, 16]),
         max_running=st.integers(1, 5),
         prefix_caching=st.booleans(),
+        max_resident=st.sampled_from([None, 1, 2]),
         ahead=st.booleans(),
     )
     def begin(
@@ -213,6 +219,7 @@ class Machine(RuleBasedStateMachine):
         max_step_tokens: int,
         max_running: int,
         prefix_caching: bool,
+        max_resident: int | None,
         ahead: bool,
     ) -> None:
         config = SchedulerConfig(
@@ -223,6 +230,7 @@ class Machine(RuleBasedStateMachine):
             max_model_len=24,
             prefix_caching=prefix_caching,
             eos_token_ids=(EOS,),
+            max_resident=max_resident,
         )
         self.sim = Simulation(config, num_pages, ahead)
         for digest, size in self.sizes.items():
@@ -247,6 +255,17 @@ class Machine(RuleBasedStateMachine):
     def end_load(self, ok: bool, index: int) -> None:
         loading = sorted(self.sim.loading)
         self.sim.end_load(loading[index % len(loading)], ok)
+
+    @precondition(lambda self: self.sim.loading)
+    @rule(index=st.integers(0, 9))
+    def miss(self, index: int) -> None:
+        loading = sorted(self.sim.loading)
+        self.sim.miss(loading[index % len(loading)])
+
+    @precondition(lambda self: self.sim.remaking)
+    @rule(ok=st.booleans())
+    def remade(self, ok: bool) -> None:
+        self.sim.remade(ok)
 
     @rule(digest=st.sampled_from(sorted(sizes)))
     def forget(self, digest: str) -> None:

@@ -43,7 +43,7 @@ def queue_of(*sequences: SequenceState) -> WaitingQueue:
 
 
 def asking(waiting: WaitingQueue, residency: Residency, admitting: bool = True) -> list[int]:
-    return [seq.id for seq in waiting.in_turn(residency, lambda _: admitting, may_load=True)]
+    return [seq.id for seq in waiting.in_turn(residency, lambda _: admitting, lambda: True)]
 
 
 def starve(waiting: WaitingQueue, seq: SequenceState) -> None:
@@ -115,7 +115,7 @@ def test_waiting_anew_starts_with_new_patience(residency: Residency) -> None:
 def test_the_queue_may_change_while_it_is_asked(residency: Residency) -> None:
     waiting = queue_of(*(sequence(id) for id in range(5)))
     asked = []
-    for seq in waiting.in_turn(residency, lambda _: True, may_load=True):
+    for seq in waiting.in_turn(residency, lambda _: True, lambda: True):
         waiting.remove(seq)
         asked.append(seq.id)
     assert asked == [0, 1, 2, 3, 4]
@@ -125,7 +125,7 @@ def test_the_queue_may_change_while_it_is_asked(residency: Residency) -> None:
 def test_who_loses_its_adapter_meanwhile_asks_no_more(residency: Residency) -> None:
     waiting = queue_of(sequence(0), sequence(1, "r"), sequence(2, "r"), sequence(3))
     asked = []
-    for seq in waiting.in_turn(residency, lambda _: True, may_load=True):
+    for seq in waiting.in_turn(residency, lambda _: True, lambda: True):
         asked.append(seq.id)
         if seq.id == 0:
             residency.evict("r")
@@ -140,8 +140,32 @@ def test_a_group_is_all_that_wait_with_an_adapter() -> None:
 
 
 def test_who_may_not_run_lets_others_ask(residency: Residency) -> None:
-    waiting = queue_of(sequence(0, "r"), sequence(1), sequence(2, "r"), sequence(3, "a"))
-    assert [seq.id for seq in waiting.in_turn(residency, lambda seq: seq.id != 0, may_load=True)] == [1, 3]
+    waiting = queue_of(owned(0, "x", "r"), owned(1, "y"), owned(2, "x", "r"), owned(3, "x", "a"))
+
+    def may_run(seq: SequenceState) -> bool:
+        return seq.request.account.tenant != "x"
+
+    assert [seq.id for seq in waiting.in_turn(residency, may_run, lambda: True)] == [1, 3]
+
+
+def test_a_tenant_is_looked_at_when_it_is_its_turn(residency: Residency) -> None:
+    """With hundreds of tenants a step has nothing left to give long before the last."""
+    turns: list[int] = []
+
+    def turn(seq: SequenceState) -> Turn:
+        turns.append(seq.id)
+        return 0, float(seq.request.account.tenant), 0.0, seq.request.arrival, seq.id
+
+    waiting = WaitingQueue(turn, turn)
+    for id in range(400):
+        residency.register(f"{id}", 1)
+        waiting.push(owned(id, str(id % 20), f"{id}"))
+    asked = waiting.in_turn(residency, lambda _: True, lambda: True)
+    assert [next(asked).id for _ in range(3)] == [0, 20, 40]
+    assert len(turns) <= 2 * (20 + 20) + 3 * 20
+    turns.clear()
+    assert [seq.id for seq in waiting.in_turn(residency, lambda _: False, lambda: False)] == []
+    assert len(turns) == 20
 
 
 def test_adapters_of_those_behind_come_with_the_last_one_first() -> None:
@@ -195,4 +219,4 @@ def test_for_whom_less_was_loaded_an_adapter_is_loaded_first(residency: Residenc
     for seq in seqs:
         waiting.push(seq)
     assert asking(waiting, residency) == [1, 0, 2, 3]
-    assert [seq.id for seq in waiting.in_turn(residency, lambda _: True, may_load=False)] == [2, 3]
+    assert [seq.id for seq in waiting.in_turn(residency, lambda _: True, lambda: False)] == [2, 3]

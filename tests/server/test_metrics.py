@@ -70,7 +70,7 @@ def test_the_engine_at_scrape_time(house: House, poet: str) -> None:
     assert samples["motet_adapter_resident"] == {("poet",): 1}
     assert samples["motet_adapter_loads_total"] == {(): 4}
     assert samples["motet_adapter_states"] == {
-        ("ready",): 1, ("absent",): 0, ("loading",): 0, ("draining",): 0
+        ("ready",): 1, ("absent",): 0, ("loading",): 0, ("remaking",): 0, ("draining",): 0
     }  # fmt: skip
     assert samples["motet_pool_pages"] == {
         ("total",): 100, ("free",): 40, ("kv",): 30, ("cached",): 10, ("adapter",): 20

@@ -4,8 +4,8 @@ A copy fills pages that nothing else owns, so it needs no lock against the runni
 GIL released. On a GPU it begins when the steps launched before it have ended, which may still read what was there.
 Finished loads are collected by the loop between two steps.
 
-An image that has left the disk, or is damaged there, is asked for (`on_missing`); its load waits until `remade`, and
-other loads go on. A load that fails has changed nothing but the pages that it was given.
+A load that fails has changed nothing but the pages that it was given. One that finds its image gone from the disk, or
+damaged there, says so: the image can be made again, and the adapter loaded then.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from motet.adapters.host import HostImage, HostTier
 from motet.adapters.image import AdapterImage, ChunkTable
@@ -27,8 +26,6 @@ from motet.memory.pool import Mark, Pool
 from motet.types import Load, TierStats
 
 logger = logging.getLogger(__name__)
-MAX_REMAKES = 3
-"""Times that a load asks for its image. More than one only if the disk has room for fewer than are loaded at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +44,16 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A finished load: the chunks that now lie in `load.pages`, or why it failed. `seconds` is what the copy took."""
+    """A finished load: the chunks that now lie in `load.pages`, or why it failed. `seconds` is what the copy took.
+
+    With `is_missing` there is no image, or not the right one; nothing was written.
+    """
 
     load: Load
     chunks: ChunkTable | None
     error: str | None
     seconds: float
-
-
-class OnMissing(Protocol):
-    """Asks for an image to be made again from `source`; `Pager.remade` tells that it was."""
-
-    def __call__(self, digest: str, source: str) -> None: ...
+    is_missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,26 +61,17 @@ class _Job:
     load: Load
     file: ImageFile
     launched: Mark
-    remakes: int = 0
 
 
 class Pager:
     """One thread that serves loads in the order they were planned."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        host: HostTier | None,
-        on_finished: Callable[[], None],
-        on_missing: OnMissing | None = None,
-    ) -> None:
-        """`on_finished` and `on_missing` are called from the pager's thread."""
+    def __init__(self, pool: Pool, host: HostTier | None, on_finished: Callable[[], None]) -> None:
+        """`on_finished` is called from the pager's thread."""
         self._pool = pool
         self._host = host
         self._on_finished = on_finished
-        self._on_missing = on_missing
         self._under_way = 0
-        self._waiting: dict[str, _Job] = {}  # for their images to be made again
         self._disk_hits = 0
         self._host_loads = 0
         self._host_seconds = 0.0
@@ -98,17 +84,6 @@ class Pager:
         """Queue a copy; returns at once."""
         self._under_way += 1
         self._todo.put(_Job(load, file, self._pool.mark()))
-
-    def remade(self, digest: str, error: str | None) -> None:
-        """The image that was asked for is there again, or why it cannot be."""
-        job = self._waiting.pop(digest, None)
-        if job is None:
-            return
-        if error is None:
-            file = ImageFile.just_checked(job.file.path, job.file.source)
-            self._todo.put(replace(job, file=file, remakes=job.remakes + 1))
-        else:
-            self._finish(job, None, error)
 
     def forget(self, digest: str) -> None:
         """Give up the host's copy of an adapter that is not served any more."""
@@ -149,7 +124,7 @@ class Pager:
             try:
                 chunks = self._copy(job)
             except (MotetError, OSError, ValueError) as failure:
-                self._miss(job, str(failure))
+                self._finish(job, None, str(failure), is_missing=True)
             except Exception as failure:  # no memory on the device, or a bug: its requests end
                 logger.exception("an adapter could not be loaded")
                 self._finish(job, None, f"{type(failure).__name__}: {failure}")
@@ -188,18 +163,13 @@ class Pager:
         if image.num_pages != len(job.load.pages) or image.page_bytes != self._pool.page_bytes:
             raise ValueError(f"{path} was packed for another page size or has changed")
 
-    def _miss(self, job: _Job, reason: str) -> None:
-        """The image cannot be read: ask for it, or give up."""
-        if self._on_missing is None or not job.file.source or job.remakes == MAX_REMAKES:
-            self._finish(job, None, reason)
-            return
-        logger.info("an image is made again: %s", reason)
-        self._waiting[job.load.digest] = job
-        self._on_missing(job.load.digest, job.file.source)
-
     def _finish(
-        self, job: _Job, chunks: ChunkTable | None, reason: str | None = None, seconds: float = 0.0
+        self,
+        job: _Job,
+        chunks: ChunkTable | None,
+        error: str | None = None,
+        seconds: float = 0.0,
+        is_missing: bool = False,
     ) -> None:
-        error = reason and f"adapter {job.load.digest[:12]} could not be loaded: {reason}"
-        self._done.put(LoadResult(job.load, chunks, error, seconds))
+        self._done.put(LoadResult(job.load, chunks, error, seconds, is_missing))
         self._on_finished()

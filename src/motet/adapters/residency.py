@@ -1,14 +1,19 @@
 """Which adapters are in the pool, which are on their way, and which could leave.
 
-An adapter is absent, loading or ready. Requests that have not ended *claim* it, running ones also *pin* it. A
-forgotten adapter takes no new claims, drains, and is gone with its last one. Only a ready adapter without pins
-can be evicted: nothing in use is taken, and pages that a copy is being written to stay where they are. One without
-claims is *idle* and goes by cost; one that requests wait for is *wanted*. What an operator *keeps* is never a victim.
+An adapter is absent, loading or ready; or *remaking*, if a load found its image gone from the disk or damaged: it has
+no pages until the image is made again, and then is absent as before. One image is made at a time.
+
+Requests that have not ended *claim* it, running ones also *pin* it. A forgotten adapter takes no new claims, drains,
+and is gone with its last one. Only a ready adapter without pins can be evicted: nothing in use is taken, and pages
+that a copy is being written to stay where they are. One without claims is *idle* and goes by cost; one that requests
+wait for is *wanted*. What an operator *keeps* is never a victim.
+
+Beside pages an adapter needs a slot in the table that kernels read, loading or ready, if that table has a fixed size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from math import log
 from typing import Literal
@@ -23,35 +28,45 @@ PAGE_COST = 0.5
 """Of copying a page back, in times of computing the KV that fills one. 0.6 with gpt-oss-20b on an H200: 0.71 GB took
 0.2 s from the page cache, a token whose KV is 49 kB 22 µs; from pinned memory a copy takes less."""
 
-State = Literal["absent", "loading", "ready", "draining"]
+MAX_REMAKES = 3
+"""Times that an image is made again for a load. More than one only if the disk has room for very few."""
+
+State = Literal["absent", "loading", "remaking", "ready", "draining"]
 
 
 @dataclass(slots=True)
 class _Adapter:
     num_pages: int
     work: float = 0.0
-    state: Literal["absent", "loading", "ready"] = "absent"
+    state: Literal["absent", "loading", "remaking", "ready"] = "absent"
     pages: tuple[int, ...] = ()
     claims: int = 0
     pins: int = 0
     worth: float = NEVER
     forgotten: bool = False
     kept: bool = False
+    remakes: int = 0
 
 
 class Residency:
     """The adapters that may be asked for, by digest. The base is one of no pages that is always ready."""
 
-    def __init__(self, pages: PageAllocator, reuse: Reuse) -> None:
+    def __init__(self, pages: PageAllocator, reuse: Reuse, slots: int | None = None) -> None:
+        """No more than `slots` adapters are in the pool or on their way there, if that is given."""
         self._pages = pages
         self._reuse = reuse
+        self.slots = slots
         self._adapters = {BASE: _Adapter(num_pages=0, state="ready", pins=1)}
         self._idle: Idle[str] = Idle()
         self._wanted: dict[str, None] = {}
         self.idle_pages = 0
+        self.num_kept = 0
         self.kept_pages = 0
+        self.num_resident = 0  # loading or ready
         self.num_loading = 0
         self.loading_pages = 0
+        self.being_remade: str | None = None
+        self._remaking: dict[str, None] = {}
         self.ghosts = GhostList(pages.num_pages)
         self._dropped: list[str] = []
         self.loads = 0
@@ -75,8 +90,26 @@ class Residency:
     def is_absent(self, digest: str) -> bool:
         return self._adapters[digest].state == "absent"
 
-    def is_loading(self, digest: str) -> bool:
-        return self._adapters[digest].state == "loading"
+    def is_on_its_way(self, digest: str) -> bool:
+        """Does it come without being asked for again, or fail?"""
+        return self._adapters[digest].state in ("loading", "remaking")
+
+    def is_remaking(self, digest: str) -> bool:
+        return digest in self._remaking
+
+    def to_remake(self) -> Set[str]:
+        """Adapters whose image could be made again now: none while one is."""
+        return self._remaking.keys() if self.being_remade is None else frozenset()
+
+    @property
+    def is_full(self) -> bool:
+        """Must one leave before another can be loaded, however many pages are free?"""
+        return self.slots is not None and self.num_resident >= self.slots
+
+    @property
+    def lacks_slot(self) -> bool:
+        """Is there none for one more even with all evicted that nobody wants?"""
+        return self.slots is not None and self.num_resident - len(self._idle) >= self.slots
 
     @property
     def any_loading(self) -> bool:
@@ -124,6 +157,7 @@ class Residency:
         adapter = self._adapters[digest]
         if adapter.kept != kept:
             adapter.kept = kept
+            self.num_kept += 1 if kept else -1
             self.kept_pages += adapter.num_pages if kept else -adapter.num_pages
             self._sort(digest)
 
@@ -155,11 +189,13 @@ class Residency:
         self._sort(digest)
 
     def begin_load(self, digest: str) -> Load:
-        """Take its pages, which the caller has made sure are free; they stay put until the load ends."""
+        """Take its pages and a slot, which the caller has made sure are free; they stay put until the load ends."""
         adapter = self._adapters[digest]
         assert adapter.state == "absent", f"{digest} is {adapter.state}"
+        assert not self.is_full, f"{self.slots} adapters are resident"
         adapter.state = "loading"
         adapter.pages = self._pages.alloc(adapter.num_pages, "adapter")
+        self.num_resident += 1
         self.num_loading += 1
         self.loading_pages += adapter.num_pages
         return Load(digest, adapter.pages)
@@ -168,6 +204,7 @@ class Residency:
         """The copy is complete. Having been wanted counts as a use, if nobody is left who will use it."""
         adapter = self._end_load(digest)
         adapter.state = "ready"
+        adapter.remakes = 0
         if not adapter.claims:
             adapter.worth = self._reuse.used(adapter.worth, adapter.num_pages)
         self.loads += 1
@@ -175,10 +212,40 @@ class Residency:
         self._leave_if_drained(digest)
 
     def failed(self, digest: str) -> None:
-        """The copy failed and writes no more: absent again, and the next request may try anew."""
-        self._end_load(digest)
-        self._give_up_pages(digest)
+        """The copy failed and writes no more, or the image cannot be made again: the next request may try anew."""
+        if self.is_remaking(digest):
+            self.remade(digest)
+        else:
+            self._end_load(digest)
+            self._give_up_pages(digest)
+        self._adapters[digest].remakes = 0
         self._leave_if_drained(digest)
+
+    def may_remake(self, digest: str) -> bool:
+        """Is it worth while to make its image again, so often as that was done for this load already?"""
+        return self._adapters[digest].remakes < MAX_REMAKES
+
+    def missed(self, digest: str) -> None:
+        """The load found no image, and wrote nothing: its pages are free until the image is made again."""
+        adapter = self._end_load(digest)
+        self._give_up_pages(digest)
+        adapter.remakes += 1
+        adapter.state = "remaking"
+        self._remaking[digest] = None
+        self._leave_if_drained(digest)
+
+    def begin_remake(self, digest: str) -> None:
+        """Its image is being made again."""
+        assert digest in self.to_remake(), f"{digest} must wait"
+        self.being_remade = digest
+
+    def remade(self, digest: str) -> None:
+        """Its image is there again, or never will be. It may have been forgotten meanwhile."""
+        if self.being_remade == digest:
+            self.being_remade = None
+        if self.is_remaking(digest):
+            del self._remaking[digest]
+            self._adapters[digest].state = "absent"
 
     def evict(self, digest: str) -> None:
         """Take the pages of an idle or wanted adapter; it stays known."""
@@ -221,6 +288,7 @@ class Residency:
     def _give_up_pages(self, digest: str) -> None:
         adapter = self._adapters[digest]
         self._pages.release(adapter.pages)
+        self.num_resident -= 1
         adapter.pages = ()
         adapter.state = "absent"
         self._sort(digest)
@@ -231,6 +299,7 @@ class Residency:
             return
         if adapter.state == "ready":
             self._drop(digest)
+        self._remaking.pop(digest, None)
         del self._adapters[digest]
 
     def check_counts(self, pins: Mapping[str, int], claims: Mapping[str, int]) -> None:
@@ -244,12 +313,18 @@ class Residency:
         pages = [page for adapter in self._adapters.values() for page in adapter.pages]
         assert len(set(pages)) == len(pages) == self._pages.held("adapter")
         assert all(self._pages.references(page) == 1 for page in pages)
-        assert self.kept_pages == sum(a.num_pages for a in self._adapters.values() if a.kept)
+        kept = [a.num_pages for a in self._adapters.values() if a.kept]
+        assert (self.num_kept, self.kept_pages) == (len(kept), sum(kept))
         assert self.idle_pages == sum(self._adapters[digest].num_pages for digest in self._idle)
         loading = [a.num_pages for a in self._adapters.values() if a.state == "loading"]
         assert (self.num_loading, self.loading_pages) == (len(loading), sum(loading))
+        ready = sum(a.state == "ready" for d, a in self._adapters.items() if d != BASE)
+        assert self.num_resident == ready + len(loading)
+        assert self.slots is None or self.num_resident <= self.slots
+        assert set(self._remaking) == {d for d, a in self._adapters.items() if a.state == "remaking"}
         for digest, adapter in self._adapters.items():
-            assert len(adapter.pages) == (0 if adapter.state == "absent" else adapter.num_pages), digest
+            held = adapter.num_pages if adapter.state in ("loading", "ready") else 0
+            assert len(adapter.pages) == held, digest
             assert adapter.pins <= adapter.claims + (digest == BASE), f"{digest}: {adapter}"
             assert adapter.pins == 0 or adapter.state == "ready", f"{digest}: {adapter}"
             evictable = adapter.state == "ready" and adapter.pins == 0 and not adapter.kept

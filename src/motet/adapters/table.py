@@ -32,6 +32,8 @@ class _Placed:
 class AdapterTable:
     """Slots of the adapters that are resident in one memory of pages."""
 
+    max_slots = None  # it grows
+
     def __init__(self, num_sites: int, memory: Tensor, page_bytes: int) -> None:
         """`memory` holds the pages one after the other, uint8."""
         self._num_sites = num_sites

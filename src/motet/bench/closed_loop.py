@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from threading import Event
 
 import msgspec
 
@@ -28,6 +29,8 @@ from motet.types import BASE, Request, SamplingParams
 
 MANY, ZIPF = 64, 128
 """Different adapters of the cases of these names."""
+LOAD_SECONDS = 0.1
+"""After so long a step is tried although no load has ended: one may have, just before this was waited for."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -99,12 +102,22 @@ class _Clock:
 
 
 class ClosedLoop:
-    """Drives an engine in this process; `digest_of(number)` makes sure that the engine knows an adapter."""
+    """Drives an engine in this process; `digest_of(number)` makes sure that the engine knows an adapter.
+
+    `loaded` is what the engine sets when a load ends: who steps on meanwhile takes the interpreter from the thread that
+    copies.
+    """
 
     def __init__(
-        self, engine: Engine, digest_of: Callable[[int], str], vocabulary: int, prompt: int = 1600
+        self,
+        engine: Engine,
+        loaded: Event,
+        digest_of: Callable[[int], str],
+        vocabulary: int,
+        prompt: int = 1600,
     ) -> None:
         self._engine = engine
+        self._loaded = loaded
         self._digest_of = digest_of
         self._vocabulary = vocabulary
         self._prompt = prompt
@@ -117,8 +130,11 @@ class ClosedLoop:
                 self._digest_of(number)
         self._random = random.Random(1)
         if case.warm:
-            _Run(replace(case, output=2, steady=False), self._engine, self._submit).finish(name)
-        return _Run(case, self._engine, self._submit).finish(name)
+            self._started(replace(case, output=2, steady=False)).finish(name)
+        return self._started(case).finish(name)
+
+    def _started(self, case: Case) -> _Run:
+        return _Run(case, self._engine, self._loaded, self._submit)
 
     def _submit(self, adapter: int | None, length: int) -> Request:
         self._serial += 1
@@ -132,9 +148,12 @@ class ClosedLoop:
 class _Run:
     """One case under way."""
 
-    def __init__(self, case: Case, engine: Engine, request: Callable[[int | None, int], Request]) -> None:
+    def __init__(
+        self, case: Case, engine: Engine, loaded: Event, request: Callable[[int | None, int], Request]
+    ) -> None:
         self._case = case
         self._engine = engine
+        self._loaded = loaded
         self._request = request
         self._clock = _Clock()
         self._live: set[str] = set()
@@ -158,6 +177,9 @@ class _Run:
         return _result(name, case, self._clock, skipped, self._cold, time.perf_counter() - began)
 
     def _step(self) -> None:
+        self._loaded.clear()
+        if self._engine.must_wait:
+            self._loaded.wait(LOAD_SECONDS)
         for output in self._engine.step():
             if output.error is not None:
                 raise RuntimeError(f"{output.request_id}: {output.error}")
@@ -171,7 +193,7 @@ class _Run:
         case, number = self._case, self._issued
         self._issued += 1
         staggered = case.steady and number < case.in_flight
-        length = case.output * (number + 1) // case.in_flight if staggered else case.output
+        length = max(case.output * (number + 1) // case.in_flight, 1) if staggered else case.output
         return self._send(case.adapter_of(number), length)
 
     def _send(self, adapter: int | None, length: int) -> str:

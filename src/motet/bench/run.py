@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 from motet.adapters.image import open_image, write_image
 from motet.adapters.store import ImageStore
@@ -33,7 +34,8 @@ def run_cases(
     chosen = _chosen(cases(in_flight, max(len(adapters), 1), output), names, bool(adapters))
     config = resolve(config, has_gpu())
     began = time.perf_counter()
-    engine = Engine(config, lambda stage, fraction: say(f"{stage} {fraction:.0%}"))
+    loaded = Event()
+    engine = Engine(config, lambda stage, fraction: say(f"{stage} {fraction:.0%}"), loaded.set)
     say(f"ready after {time.perf_counter() - began:.1f} s; {memory_line(engine.stats())}")
     page, rounded = engine.runner.pool.page_bytes, config.device == "cuda"
     store = ImageStore(images, config.image_bytes)
@@ -53,7 +55,7 @@ def run_cases(
             known.add(digest)
         return digest
 
-    loop = ClosedLoop(engine, digest_of, engine.spec.vocab_size, prompt)
+    loop = ClosedLoop(engine, loaded, digest_of, engine.spec.vocab_size, prompt)
     count = max(len(prepared), 1)
     if prepared:
         loop.run("warm-up", Case(in_flight, in_flight, lambda i: i % count, output=20))

@@ -51,6 +51,8 @@ class Stack:
         self, values: Mapping[str, Any], work: Work, device: str = "cuda", kind: torch.dtype = torch.bfloat16
     ) -> None:
         """`values` are those of a model's config.json, see `few_layers`. ModelRefused as for the model itself."""
+        self.pool: Pool
+        self.table: GpuTable
         self.gpu = torch.cuda.get_device_name() if device == "cuda" else device
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(values))
@@ -69,7 +71,8 @@ class Stack:
         """Other room, other adapters and KV, for the same weights; positions not beyond those that it was made for."""
         assert work.positions <= self._positions
         self.work, kind = work, self.decoder.embedding.dtype
-        self.pool = self.table = None  # type: ignore[assignment]  # before there is memory for others
+        for name in ("pool", "table"):
+            self.__dict__.pop(name, None)  # before there is memory for others
         each = page_bytes(self.spec, work.page_tokens, kind)
         self.adapter_pages = -(-_adapter_bytes(self.spec, work.rank, kind) // each)
         groups = len(self.spec.kv_groups)

@@ -92,7 +92,7 @@ def _summary(before: Scrape, now: Scrape) -> Text:
     )
     states = ", ".join(
         f"{now.value('motet_adapter_states', state=state):.0f} {state}"
-        for state in ("ready", "loading", "absent")
+        for state in ("ready", "loading", "remaking", "absent")
     )
     return Text(
         f"running {now.value('motet_requests_running'):.0f}, waiting {now.value('motet_requests_waiting'):.0f}, "

@@ -18,7 +18,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -52,6 +52,7 @@ from motet.types import EngineStats, PreparedAdapter, Request, SeqOutput, TierSt
 logger = logging.getLogger(__name__)
 OnProgress = Callable[[str, float], None]
 SHUTDOWN_SECONDS = 10.0
+REMAKE_SECONDS = 300.0  # a large adapter may take minutes; a share that hangs never ends
 POLITE_THREADS = {"GOMP_SPINCOUNT": "20000"}
 """OpenMP threads that soon fall asleep when they wait. A decode step of 8 rows on 2 cores, with the default, this and
 threads that never spin: 50, 54 and 60 ms alone; 100-1,000, 140 and 75 ms beside a process that keeps one core busy."""
@@ -77,7 +78,7 @@ class EngineClient(ABC):
         self._death: MotetError | None = None
         self._disk: Disk | None = None
         self._remaking = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def alive(self) -> bool:
@@ -167,7 +168,19 @@ class EngineClient(ABC):
         return reply
 
     async def _remake(self, digest: str, source: str) -> None:
-        """Make an image again, one at a time, and tell the engine how it went."""
+        """Tell the engine how it went to make an image again, or that it takes too long."""
+        making = asyncio.create_task(self._make(digest, source))
+        self._keep(making)
+        await asyncio.wait({making}, timeout=REMAKE_SECONDS)
+        if making.done():
+            error = making.result()
+        else:
+            error = f"its image has left the disk, and was not made again in {REMAKE_SECONDS:g} seconds"
+        if self.alive:
+            self._send(Remade(digest, error))
+
+    async def _make(self, digest: str, source: str) -> str | None:
+        """Make an image again, one at a time: a source that hangs holds one thread. Why it could not be made."""
         error = None
         async with self._remaking:
             if self._disk is None:
@@ -182,8 +195,12 @@ class EngineClient(ABC):
                 except Exception as failure:  # whatever it is, the requests that wait must end with it
                     logger.exception("an image could not be made again")
                     error = f"its image has left the disk; making it again failed: {type(failure).__name__}"
-        if self.alive:
-            self._send(Remade(digest, error))
+        return error
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """Until it has ended: the loop itself keeps only a weak reference."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _check_alive(self) -> None:
         if self._death is not None:
@@ -195,9 +212,7 @@ class EngineClient(ABC):
                 for output in outputs:
                     self._deliver(output)
             case Missing(digest, source):
-                task = asyncio.get_running_loop().create_task(self._remake(digest, source))
-                self._tasks.add(task)  # the loop itself keeps only a weak reference
-                task.add_done_callback(self._tasks.discard)
+                self._keep(asyncio.create_task(self._remake(digest, source)))
             case Reply(call):
                 future = self._calls.pop(call, None)
                 if future is not None and not future.done():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import torch
 
 from motet.adapters.host import HostTier
 from motet.config import EngineConfig, tuned_folder
+from motet.engine.host_memory import memory_left
 from motet.engine.runner import Runner
 from motet.errors import ConfigError
 from motet.layers.batch import Device
@@ -98,8 +98,7 @@ def make_host_tier(config: EngineConfig, page_bytes: int) -> HostTier | None:
     """The host tier of a resolved config, if it has one."""
     size = config.host_bytes
     if size is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        size = min(memory // 4, HOST_BYTES) if config.device == "cuda" else 0
+        size = min(memory_left() // 4, HOST_BYTES) if config.device == "cuda" else 0
     return HostTier(size, page_bytes, pinned=config.device == "cuda") if size else None
 
 

@@ -147,4 +147,6 @@ def _delta(index: int, output: SeqOutput, text: Detokenizer) -> Delta:
         output.error,
         output.cached_tokens,
         output.queue_seconds,
+        output.prefill_seconds,
+        output.at,
     )

@@ -5,6 +5,7 @@ On a GPU the step that lands is the one before, so that the device always has th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import msgspec
 import torch
 
 from motet.adapters.image import open_image
-from motet.adapters.pager import ImageFile, LoadResult, OnMissing, Pager
+from motet.adapters.pager import ImageFile, LoadResult, Pager
 from motet.config import EngineConfig
 from motet.engine.device import (
     fitting,
@@ -36,7 +37,10 @@ from motet.models.registry import load_model, load_spec, locate, return_freed_me
 from motet.scheduler.scheduler import Scheduler, SchedulerConfig
 from motet.types import EngineStats, ModelSpec, Plan, Request, SeqOutput
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
+OnMissing = Callable[[str, str], None]
+"""Asks for the image of an adapter (its digest) to be made again from a directory."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class Engine:
     ) -> None:
         """`on_progress` hears the stages of starting.
 
-        Called from another thread: `on_loaded` when a load ends, `on_missing` when one needs an image that is not
-        there; `image_remade` is to answer it.
+        `on_loaded` is called from another thread when a load ends, `on_missing` by a step when an adapter is wanted
+        whose image is not there; `image_remade` is to answer it.
         """
         progress = on_progress or (lambda _stage, _fraction: None)
         if config.threads is not None:
@@ -89,7 +93,8 @@ class Engine:
             progress("warming up kernels", 0.9)
             self.runner.warm_up()
         return_freed_memory()
-        self.pager = Pager(pool, make_host_tier(config, pool.page_bytes), on_loaded, on_missing)
+        self.pager = Pager(pool, make_host_tier(config, pool.page_bytes), on_loaded)
+        self._on_missing = on_missing
         step_tokens = config.max_step_tokens
         assert step_tokens is not None
         self.scheduler = Scheduler(
@@ -101,6 +106,7 @@ class Engine:
                 prefix_caching=config.prefix_caching,
                 kv_groups=self.spec.kv_groups,
                 eos_token_ids=self.spec.eos_token_ids,
+                max_resident=self.runner.table.max_slots,
             ),
             pool.num_pages,
         )
@@ -142,8 +148,8 @@ class Engine:
 
     @property
     def must_wait(self) -> bool:
-        """Whether another step is of no use before a load ends or a message comes."""
-        return not self.has_work or (self._stalled and self.pager.busy)
+        """Whether another step is of no use before a load ends or a message comes, as that an image is there again."""
+        return not self.has_work or (self._stalled and (self.pager.busy or self.scheduler.is_remaking))
 
     def add(self, request: Request) -> list[SeqOutput]:
         """Accept a request; one that cannot be served ends at once with its error."""
@@ -187,9 +193,12 @@ class Engine:
         self.scheduler.pin_adapter(digest, pinned)
         (self._pinned.add if pinned else self._pinned.discard)(digest)
 
-    def image_remade(self, digest: str, error: str | None = None) -> None:
-        """The answer to `on_missing`: the image is there again, or why it cannot be."""
-        self.pager.remade(digest, error)
+    def image_remade(self, digest: str, error: str | None = None) -> list[SeqOutput]:
+        """The answer to `on_missing`: the image is there again, or why it cannot be, which ends requests."""
+        file = self._images.get(digest)
+        if error is None and file is not None:
+            self._images[digest] = ImageFile.just_checked(file.path, file.source)
+        return self._times.told(self.scheduler.image_remade(digest, error and _not_loaded(digest, error)))
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics and health."""
@@ -220,6 +229,9 @@ class Engine:
         self._tier.left(plan.evictions)
         for load in plan.loads:
             self.pager.start(load, self._images[load.digest])
+        for digest in plan.remakes:
+            assert self._on_missing is not None
+            self._on_missing(digest, self._images[digest].source)
         self._times.launched(plan, lambda seq: self.scheduler.sequence(seq).request, time.monotonic())
         draw = self.runner.launch(plan, self._sampling_row)
         self._steps += bool(plan.chunks)
@@ -234,6 +246,11 @@ class Engine:
         outputs: list[SeqOutput] = []
         for result in self.pager.finished():
             digest = result.load.digest
+            if result.is_missing and self._can_remake(digest):
+                reason = result.error or "unknown"
+                logger.info("the image of adapter %s is made again: %s", digest[:12], reason)
+                outputs += self.scheduler.adapter_missing(digest, _not_loaded(digest, reason))
+                continue
             self._tier.tried(digest, result.seconds)
             if (error := self._publish(result)) is not None:
                 outputs += self.scheduler.adapter_failed(digest, error)
@@ -244,13 +261,18 @@ class Engine:
 
     def _publish(self, result: LoadResult) -> str | None:
         """Let kernels find an adapter that has come; why they cannot, or it has not."""
+        digest = result.load.digest
         if result.chunks is None:
-            return result.error or "unknown"
+            return _not_loaded(digest, result.error or "unknown")
         try:
-            self.runner.table.add(result.load.digest, result.chunks, result.load.pages)
+            self.runner.table.add(digest, result.chunks, result.load.pages)
         except MotetError as failure:
-            return f"adapter {result.load.digest[:12]} could not be loaded: {failure}"
+            return _not_loaded(digest, str(failure))
         return None
+
+    def _can_remake(self, digest: str) -> bool:
+        """Is there somebody to ask for its image, and a source?"""
+        return self._on_missing is not None and bool(self._images[digest].source)
 
     def _let_go(self) -> None:
         """Keep nothing of forgotten adapters that no request needs any more."""
@@ -268,6 +290,10 @@ class Engine:
         request = sequence.request
         eos = self.spec.eos_token_ids
         return SamplingRow(seq, request.params, sequence.tokens, len(request.prompt), sequence.position, eos)
+
+
+def _not_loaded(digest: str, reason: str) -> str:
+    return f"adapter {digest[:12]} could not be loaded: {reason}"
 
 
 def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

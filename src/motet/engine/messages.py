@@ -134,7 +134,7 @@ class Wake:
 
 
 Inbox = queue.SimpleQueue[Inbound | Missing | Wake | None]
-"""What the engine's loop reads; None is the end. Missing comes from the pager, to be sent on."""
+"""What the engine's loop reads; None is the end. Missing comes from a step, to be sent on."""
 
 Outbound = Progress | Ready | Outputs | Missing | Reply | Fatal
 

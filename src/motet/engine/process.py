@@ -77,7 +77,7 @@ def handle(engine: Engine, message: Inbound | Missing, send: Send) -> None:
         case Missing():
             send(message)
         case Remade(digest, error):
-            engine.image_remade(digest, error)
+            _send_outputs(engine.image_remade(digest, error), send)
         case GetStats(call):
             send(Reply(call, stats=engine.stats()))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -30,6 +30,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.models = Series(self.registry, "motet", "model")
         self.tenants = Series(self.registry, "motet_tenant", "tenant")
+        self.audit_lost = Counter(
+            "motet_audit_lost", "Refusals that the audit log was not told of", registry=self.registry
+        )
 
     def track(self, model: str) -> None:
         """Give a served name its label, while there is room."""
@@ -167,7 +170,7 @@ class _Snapshot(Collector):
             resident.add_metric([record.name], stats.residency.get(record.digest) == "ready")
         yield resident
         states = GaugeMetricFamily("motet_adapter_states", "Adapters by where they are", labels=["state"])
-        for state in ("absent", "loading", "ready", "draining"):
+        for state in ("absent", "loading", "remaking", "ready", "draining"):
             states.add_metric([state], list(stats.residency.values()).count(state))
         yield states
         loads = CounterMetricFamily(

@@ -23,9 +23,10 @@ becomes smaller than it was, so two tenants cannot take the same room from each 
 
 from __future__ import annotations
 
-import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from motet.scheduler.sequence import SequenceState
 from motet.types import Account
@@ -188,11 +189,45 @@ def youngest(running: Iterable[SequenceState], space: Space) -> SequenceState:
     return largest.sequences[-1]
 
 
-def top_of(running: Iterable[SequenceState], space: Space) -> tuple[int, float]:
-    """The lowest class that runs, and the largest share of a tenant."""
-    holders = _holders(running).values()
-    lowest = min((holder.account.priority for holder in holders), default=sys.maxsize)
-    return lowest, max((holder.share(space) for holder in holders), default=0.0)
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a waiting sequence lacks, its turn (class and tenant's counter), and the `share` that it would have."""
+
+    turn: tuple[int, float]
+    share: float
+    places: int
+    pages: int
+
+    def is_no_easier(self, other: Want) -> bool:
+        """Is there nobody to give way to this one if there was nobody to give way to the other?
+
+        Who must give way has a later turn, and in one class a larger share.
+        """
+        is_later = self.turn[0] > other.turn[0] or (self.turn >= other.turn and self.share >= other.share)
+        return is_later and self.places >= other.places and self.pages >= other.pages
+
+
+class Standings:
+    """Who holds how much when a step begins: says without a search whether somebody might have to give way."""
+
+    def __init__(
+        self, running: Iterable[SequenceState], space: Space, turn: Callable[[SequenceState], Turn]
+    ) -> None:
+        self._space = space
+        self._holders = _holders(running)
+        ranks = sorted((turn(h.sequences[0])[:2], h.share(space)) for h in self._holders.values())
+        self._turns = [turn for turn, _ in ranks]
+        self._largest = list(accumulate((share for _, share in reversed(ranks)), max))[::-1]
+
+    def share(self, account: Account, pages: int) -> float:
+        """What a tenant would hold with a place and so many pages more."""
+        own = self._holders.get((account.priority, account.tenant)) or _Holder(account)
+        return own.share(self._space, 1, pages)
+
+    def might_give_way(self, turn: tuple[int, float], share: float) -> bool:
+        """Is there a lower class, or one whose turn is later and that holds a larger share?"""
+        later = bisect_right(self._turns, turn)
+        return later < len(self._turns) and (self._turns[-1][0] > turn[0] or self._largest[later] > share)
 
 
 def who_gives_way(

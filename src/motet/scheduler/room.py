@@ -20,11 +20,13 @@ class Room:
     Whether there is room is a matter of counts, so that asking in vain costs no search.
     """
 
-    def __init__(self, num_pages: int, groups: tuple[KVGroup, ...], page_tokens: int) -> None:
+    def __init__(
+        self, num_pages: int, groups: tuple[KVGroup, ...], page_tokens: int, slots: int | None = None
+    ) -> None:
         self.pages = PageAllocator(num_pages)
         reuse = Reuse(num_pages)
         self.prefix = PrefixIndex(self.pages, groups, page_tokens, reuse)
-        self.residency = Residency(self.pages, reuse)
+        self.residency = Residency(self.pages, reuse, slots)
 
     def missing(self, needed: int, spare: Iterable[int] = ()) -> int:
         """How many of `needed` pages there would not be with all evicted that nobody wants; 0 or less if there are.
@@ -42,6 +44,14 @@ class Room:
         for victim in victims:
             if victim.page < 0:
                 self.residency.evict(victim.adapter)
+
+    def make_for_adapter(self, pages: int, wanted: Sequence[str] = ()) -> None:
+        """Free pages for an adapter, and a slot: the cheapest idle adapter leaves, or the first `wanted` one."""
+        if self.residency.is_full:
+            idle = next((digest for digest, _ in self.residency.cheapest()), None)
+            self.residency.evict(wanted[0] if idle is None else idle)
+            wanted = wanted[1:] if idle is None else wanted
+        self.make(pages, wanted)
 
     def _cheapest(self) -> Iterator[Victim]:
         cached = ((cost, Victim(1, page=page)) for page, cost in self.prefix.cheapest())

@@ -29,20 +29,23 @@ from itertools import chain
 from motet.errors import AdapterLoadFailed, InvalidRequest
 from motet.scheduler.admission import check_capacity, check_length
 from motet.scheduler.blocks import BlockTables, KVLayout
-from motet.scheduler.cost import load_cost, progress_cost
+from motet.scheduler.cost import progress_cost
 from motet.scheduler.fairness import youngest
+from motet.scheduler.loads import Loads
 from motet.scheduler.sequence import SequenceState
 from motet.scheduler.stage import Stage
 from motet.scheduler.step import Step
 from motet.types import Chunk, EngineStats, KVGroup, Plan, Request, Sampled, SeqOutput
 
-LOADS = 2  # copies that may always be under way, so that one can follow on the other between two steps
 LOOKAHEAD = 32  # requests that may lack pages before `schedule` stops asking; bounds its time in a long queue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Bounds of a step and of a sequence. A page holds the KV of `page_tokens` tokens of one of `kv_groups`."""
+    """Bounds of a step and of a sequence. A page holds the KV of `page_tokens` tokens of one of `kv_groups`.
+
+    `max_resident` bounds the adapters that are in the pool at a time, if something besides its pages does.
+    """
 
     kv_groups: tuple[KVGroup, ...]
     page_tokens: int
@@ -51,6 +54,7 @@ class SchedulerConfig:
     max_model_len: int
     prefix_caching: bool
     eos_token_ids: tuple[int, ...]
+    max_resident: int | None = None
 
 
 class Scheduler:
@@ -60,21 +64,23 @@ class Scheduler:
     are PENDING. So a plan counts as executed once it is given out, and those who execute must do so in order: what a
     plan frees may be given away by the next. A sequence that turns out to have ended has a row in that plan in vain.
 
-    An empty plan while requests wait, with nothing to commit, means that an adapter is being loaded: only its end, or
-    a new request, gives something to do.
+    An empty plan while requests wait, with nothing to commit, means that an adapter is being loaded or its image made
+    again: only the end of this, or a new request, gives something to do.
     """
 
     def __init__(self, config: SchedulerConfig, num_pages: int) -> None:
         self._config = config
         self._layout = KVLayout(config.kv_groups, config.page_tokens, config.max_step_tokens)
-        self._stage = Stage(self._layout, num_pages, config.max_running, config.prefix_caching)
+        self._stage = Stage(
+            self._layout, num_pages, config.max_running, config.prefix_caching, config.max_resident
+        )
+        self._loads = Loads(self._stage, config.page_tokens, config.max_step_tokens)
         self._residency = self._stage.room.residency
         self._waiting = self._stage.waiting
         self._by_request: dict[str, SequenceState] = {}
         self._by_id: dict[int, SequenceState] = {}
         self._next_id = 0
         self._steps = 0
-        self._hints: dict[str, None] = {}
 
     # Adapters
 
@@ -109,21 +115,46 @@ class Scheduler:
         Raises InvalidRequest if it is not registered.
         """
         self._require(digest)
-        if self._residency.is_absent(digest):
-            self._hints[digest] = None
+        self._loads.hint(digest)
 
     def adapter_loaded(self, digest: str) -> None:
         """The copy that a plan's load began is complete."""
         self._residency.loaded(digest)
 
     def adapter_failed(self, digest: str, reason: str) -> list[SeqOutput]:
-        """The copy failed and writes no more: end the requests that wait for it. Later ones try again."""
+        """It cannot be loaded, and the copy writes no more: end the requests that wait for it. Later ones try again."""
         group = self._waiting.group(digest)
+        self._residency.failed(digest)
         for seq in group:
             self._leave(seq)
-        self._residency.failed(digest)
         code = AdapterLoadFailed.code
         return [SeqOutput(seq.request.id, finish="error", error=reason, code=code) for seq in group]
+
+    def adapter_missing(self, digest: str, reason: str) -> list[SeqOutput]:
+        """The copy that a plan's load began found no image, or a damaged one, and writes no more.
+
+        A plan will ask for it in `remakes`; `image_remade` answers that. Meanwhile the requests wait, without pages.
+        If it was made again too often already they end.
+        """
+        if not self._residency.may_remake(digest):
+            return self.adapter_failed(digest, reason)
+        self._residency.missed(digest)
+        return []
+
+    def image_remade(self, digest: str, error: str | None = None) -> list[SeqOutput]:
+        """The image that a plan asked for is there again, and its adapter loaded in its turn; or why it cannot be."""
+        is_awaited = self._residency.is_remaking(digest)
+        if is_awaited and error is not None:
+            return self.adapter_failed(digest, error)
+        self._residency.remade(digest)
+        if is_awaited and not self._waiting.group(digest):  # as a load goes on whose requests are gone
+            self._loads.hint(digest)
+        return []
+
+    @property
+    def is_remaking(self) -> bool:
+        """Is there an image that `image_remade` has not told the end of?"""
+        return self._residency.being_remade is not None
 
     # Requests
 
@@ -162,8 +193,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Does anyone wait or run, or has the next plan evictions to report or a prefetch to try?"""
-        return bool(self._by_request or self._hints) or self._residency.any_dropped
+        """Does anyone wait or run, or has the next plan evictions, a prefetch to try or an image to ask for?"""
+        return bool(self._by_request) or self._loads.has_work or self._residency.any_dropped
 
     def sequence(self, seq: int) -> SequenceState:
         """The state of a sequence in flight, to be read only."""
@@ -185,10 +216,10 @@ class Scheduler:
         step = Step(self._config.max_step_tokens)
         self._serve_decode(step)
         self._serve_prompts(step)
-        if self._waiting and self._stage.is_stuck:
-            self._serve_waiting(self._waiting.oldest(), step)
-        self._serve_hints(step)
-        plan = step.plan(evictions=self._residency.take_dropped())
+        if self._stage.is_stuck and (oldest := self._waiting.oldest(self._residency.is_on_its_way)):
+            self._serve_waiting(oldest, step)
+        self._loads.serve_hints(step)
+        plan = step.plan(evictions=self._residency.take_dropped(), remakes=self._loads.begin_remake())
         for chunk in plan.chunks:
             self._advance(self._by_id[chunk.seq], chunk)
         self._charge(plan)
@@ -237,7 +268,7 @@ class Scheduler:
         turn = self._stage.ledger.turn
         prompts = [seq for seq in self._stage.running if seq.remaining > 1 and not seq.is_complete]
         asking = self._waiting.in_turn(
-            self._residency, lambda seq: self._may_run(seq, step), not self.is_loader_busy
+            self._residency, lambda seq: self._may_run(seq, step), lambda: not self._loads.is_busy
         )
         asker = None
         if self._stage.ledger.has_rivals:
@@ -259,7 +290,7 @@ class Scheduler:
         if seq.pending:  # preempted a moment ago; its last token is not known yet
             return True
         if not self._residency.is_ready(seq.adapter):
-            served = self.is_loader_busy or self._begin_load(seq, step)
+            served = self._loads.is_busy or self._loads.begin(seq, step)
         elif self._may_run(seq, step):
             served = self._admit(seq, step) or not self._stage.has_place
         else:
@@ -270,49 +301,11 @@ class Scheduler:
         step.lacking += 1
         return not self._waiting.is_starving(seq) and step.lacking < LOOKAHEAD
 
-    def _serve_hints(self, step: Step) -> None:
-        """Load what is only expected to be wanted, if nobody else lacks room."""
-        for digest in self._hints:
-            if not self._residency.accepts(digest) or not self._residency.is_absent(digest):
-                continue
-            pages = self._residency.num_pages(digest)
-            if (
-                step.lacking
-                or self.is_loader_busy
-                or self._stage.room.missing(pages + self._stage.headroom(step)) > 0
-            ):
-                break
-            self._stage.room.make(pages)
-            step.loads.append(self._residency.begin_load(digest))
-        self._hints.clear()
-
     def _may_run(self, seq: SequenceState, step: Step) -> bool:
         """Are there rows left, and a place or somebody who might give way?"""
         if step.budget <= 0:
             return False
         return self._stage.has_place or self._stage.has_way(seq, step)
-
-    @property
-    def is_loader_busy(self) -> bool:
-        """Are there copies under way for the time of a full step?
-
-        More would only wait in the order in which they were begun, and whose turn comes next could not overtake them.
-        """
-        cost = load_cost(self._residency.loading_pages, self._config.page_tokens)
-        return self._residency.num_loading >= LOADS and cost >= self._config.max_step_tokens
-
-    def _begin_load(self, seq: SequenceState, step: Step) -> bool:
-        """Start to load the adapter that `seq` waits for, if there is room for both."""
-        pages = self._residency.num_pages(seq.adapter)
-        headroom = self._stage.headroom(step) + self._layout.most_pages(len(seq.tokens))
-        wanted = self._stage.find_room(pages, seq, headroom)
-        if wanted is None:
-            return self._stage.make_way(seq, step, pages, headroom) and self._begin_load(seq, step)
-        self._stage.room.make(pages, wanted)
-        step.loads.append(self._residency.begin_load(seq.adapter))
-        for ledger in (self._stage.ledger, self._stage.copies):
-            ledger.charge(seq, load_cost(pages, self._config.page_tokens))
-        return True
 
     def _admit(self, seq: SequenceState, step: Step) -> bool:
         """Let `seq` run if there is a place, and room for all its known tokens; known prefixes are shared."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from motet.scheduler.fairness import Standings, Want
 from motet.types import Chunk, Load, Plan
 
 
@@ -11,15 +12,16 @@ from motet.types import Chunk, Load, Plan
 class Step:
     """`budget` is how many tokens may still be added, `lacking` how many requests asked for pages in vain.
 
-    `headroom` is how many pages those who run may soon ask for, `top` the lowest class of them and the largest share of
-    a tenant; None if that has to be counted anew. `no_way` are the tenants of each class that found nobody who must
-    give way to them.
+    `headroom` is how many pages those who run may soon ask for, `standings` what each tenant holds; None if that has
+    to be counted anew. `vain` are the wants for which nobody was found who must give way, `no_way` the class and tenant
+    of each that found nobody: what it lacks is not given to its next one instead.
     """
 
     budget: int
     headroom: int | None = None
-    top: tuple[int, float] | None = None
+    standings: Standings | None = None
     lacking: int = 0
+    vain: list[Want] = field(default_factory=list)
     no_way: set[tuple[int, str]] = field(default_factory=set)
     loads: list[Load] = field(default_factory=list)
     _chunks: dict[int, Chunk] = field(default_factory=dict)
@@ -30,9 +32,9 @@ class Step:
 
     def drop(self, seq: int) -> None:
         """This sequence has lost its pages: what was to be computed of it no longer is."""
-        self.headroom = self.top = None
+        self.headroom = self.standings = None
         if chunk := self._chunks.pop(seq, None):
             self.budget += len(chunk.tokens)
 
-    def plan(self, evictions: tuple[str, ...]) -> Plan:
-        return Plan(evictions, tuple(self.loads), tuple(self._chunks.values()))
+    def plan(self, evictions: tuple[str, ...], remakes: tuple[str, ...]) -> Plan:
+        return Plan(evictions, tuple(self.loads), tuple(self._chunks.values()), remakes)

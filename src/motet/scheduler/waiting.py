@@ -8,9 +8,10 @@ of small ones.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from heapq import heapify, heappop, heappush
-from itertools import chain
+from itertools import groupby
+from operator import itemgetter
 
 from motet.adapters.residency import Residency
 from motet.scheduler.fairness import Turn
@@ -19,10 +20,16 @@ from motet.scheduler.sequence import SequenceState
 PATIENCE = 16  # schedule calls; at 20–50 ms a step, under a second
 
 Seniority = tuple[int, float, int]
+Key = tuple[int, str]
+"""Class and tenant."""
 
 
 def by_seniority(seq: SequenceState) -> Seniority:
     return seq.seniority
+
+
+def _key(seq: SequenceState) -> Key:
+    return seq.request.account.priority, seq.request.account.tenant
 
 
 def position(queue: list[SequenceState], seq: SequenceState) -> int:
@@ -33,7 +40,9 @@ def position(queue: list[SequenceState], seq: SequenceState) -> int:
 class WaitingQueue:
     """Sequences that hold no pages: per adapter one queue for each tenant and class, each the oldest first.
 
-    `turn` says who of two queues' heads comes first, `load_turn` for whom an adapter is loaded first.
+    `turn` says who of two queues' heads comes first, `load_turn` for whom an adapter is loaded first. Both sort by the
+    class and the tenant's counter before all else, so the queues of a tenant are looked at when it is its turn: most
+    steps have nothing left to give long before the last tenant.
     """
 
     def __init__(
@@ -41,7 +50,8 @@ class WaitingQueue:
     ) -> None:
         self._turn = turn
         self._load_turn = load_turn
-        self._queues: dict[str, dict[tuple[int, str], list[SequenceState]]] = {}
+        self._by_adapter: dict[str, dict[Key, list[SequenceState]]] = {}
+        self._by_tenant: dict[Key, dict[str, list[SequenceState]]] = {}  # the same queues
         self._starving: list[SequenceState] = []
         self._len = 0
 
@@ -49,86 +59,119 @@ class WaitingQueue:
         return self._len
 
     def __iter__(self) -> Iterator[SequenceState]:
-        for queues in self._queues.values():
+        for queues in self._by_adapter.values():
             for queue in queues.values():
                 yield from queue
 
     def push(self, seq: SequenceState) -> None:
         seq.passed = 0
-        account = seq.request.account
-        queues = self._queues.setdefault(seq.adapter, {})
-        insort(queues.setdefault((account.priority, account.tenant), []), seq, key=by_seniority)
+        key = _key(seq)
+        queue = self._by_adapter.setdefault(seq.adapter, {}).setdefault(key, [])
+        self._by_tenant.setdefault(key, {})[seq.adapter] = queue
+        insort(queue, seq, key=by_seniority)
         self._len += 1
 
     def remove(self, seq: SequenceState) -> None:
-        account = seq.request.account
-        queues = self._queues[seq.adapter]
-        queue = queues[account.priority, account.tenant]
+        key = _key(seq)
+        queues, of_tenant = self._by_adapter[seq.adapter], self._by_tenant[key]
+        queue = queues[key]
         del queue[position(queue, seq)]
         if not queue:
-            del queues[account.priority, account.tenant]
+            del queues[key], of_tenant[seq.adapter]
         if not queues:
-            del self._queues[seq.adapter]
+            del self._by_adapter[seq.adapter]
+        if not of_tenant:
+            del self._by_tenant[key]
         if seq in self._starving:
             self._starving.remove(seq)
         self._len -= 1
 
     def group(self, adapter: str) -> tuple[SequenceState, ...]:
         """All that wait with this adapter."""
-        return tuple(seq for queue in self._queues.get(adapter, {}).values() for seq in queue)
+        return tuple(seq for queue in self._by_adapter.get(adapter, {}).values() for seq in queue)
 
     def in_turn(
-        self, residency: Residency, may_run: Callable[[SequenceState], bool], may_load: bool
+        self,
+        residency: Residency,
+        may_run: Callable[[SequenceState], bool],
+        may_load: Callable[[], bool],
     ) -> Generator[SequenceState, None, None]:
         """Who may ask for pages now, in turn; the queue may change meanwhile.
 
         Requests whose adapter is ready ask only if they `may_run`. Of those for an absent adapter the first asks for
-        all, since they share one load; while it loads, or if nobody `may_load`, they ask for nothing. When it is the
-        turn of one of these, the one asks that is first by what was loaded for its tenant. Nobody asks before a
+        all, since they share one load; while it is on its way, or if nobody `may_load`, they ask for nothing. When it
+        is the turn of one of these, the one asks that is first by what was loaded for its tenant. Nobody asks before a
         starving one.
         """
-        starving = (s for s in self._starving if not residency.is_loading(s.adapter))
+        starving = (s for s in self._starving if not residency.is_on_its_way(s.adapter))
         limit = min(map(self._turn, starving), default=None)
-        ready, absent = self._heads(residency)
-        ready = [queue for queue in ready if may_run(queue[0])]
-        absent = absent if may_load else []
-        asking = [(self._turn(queue[0]), queue, 0) for queue in chain(ready, absent)]
-        heapify(asking)
+        absent = frozenset(filter(residency.is_absent, self._by_adapter))
         loads = self._by_load_turn(absent)
-        while asking:
-            turn, queue, place = heappop(asking)
-            if limit is not None and turn > limit:
-                return
-            if place == 0:
-                queue = queue.copy()  # only of those that get their turn: others may be long
-            seq = queue[place]
-            if not residency.is_ready(seq.adapter):
-                first = next((s for s in loads if residency.is_absent(s.adapter)), None)
-                if first is not None:
-                    yield first
-            elif may_run(seq):
-                yield seq
-                if place + 1 < len(queue):
-                    heappush(asking, (self._turn(queue[place + 1]), queue, place + 1))
+        for tenants in self._tenants_in_turn(self._turn):
+            asking = [
+                entry for key in tenants for entry in self._heads(key, absent, residency, may_run, may_load)
+            ]
+            heapify(asking)
+            while asking:
+                turn, queue, place = heappop(asking)
+                if limit is not None and turn > limit:
+                    return
+                if place == 0:
+                    queue = queue.copy()  # only of those that get their turn: others may be long
+                seq = queue[place]
+                if not residency.is_ready(seq.adapter):
+                    first = (
+                        next((s for s in loads if residency.is_absent(s.adapter)), None)
+                        if may_load()
+                        else None
+                    )
+                    if first is not None:
+                        yield first
+                elif may_run(seq):
+                    yield seq
+                    if place + 1 < len(queue):
+                        heappush(asking, (self._turn(queue[place + 1]), queue, place + 1))
 
-    def _heads(self, residency: Residency) -> tuple[list[list[SequenceState]], list[list[SequenceState]]]:
-        """The queues whose adapter is ready, and those whose adapter is absent."""
-        ready: list[list[SequenceState]] = []
-        absent: list[list[SequenceState]] = []
-        for adapter, queues in self._queues.items():
-            if residency.is_ready(adapter):
-                ready += queues.values()
-            elif residency.is_absent(adapter):
-                absent += queues.values()
-        return ready, absent
+    def first_to_load(self, adapters: Container[str]) -> SequenceState | None:
+        """Of those who wait with one of these adapters, the one for whom it is loaded first."""
+        return next(self._by_load_turn(adapters), None)
 
-    def _by_load_turn(self, queues: list[list[SequenceState]]) -> Iterator[SequenceState]:
-        """The first of the queues for each adapter, sorted when one is asked for."""
+    def _tenants_in_turn(self, turn: Callable[[SequenceState], Turn]) -> Iterator[list[Key]]:
+        """Those together whose turn is the same."""
+        turns = sorted((turn(next(iter(q.values()))[0])[:2], key) for key, q in self._by_tenant.items())
+        for _, tied in groupby(turns, key=itemgetter(0)):
+            yield [key for _, key in tied]
+
+    def _heads(
+        self,
+        key: Key,
+        absent: Container[str],
+        residency: Residency,
+        may_run: Callable[[SequenceState], bool],
+        may_load: Callable[[], bool],
+    ) -> Iterator[tuple[Turn, list[SequenceState], int]]:
+        """The queues of a tenant that have something to ask for, with the turn of their first."""
+        queues = self._by_tenant.get(key)
+        if queues is None:  # all have been admitted since
+            return
+        runs, loads = may_run(next(iter(queues.values()))[0]), may_load()
+        if not runs and not loads:
+            return
+        for adapter, queue in queues.items():
+            if (runs and residency.is_ready(adapter)) or (loads and adapter in absent):
+                yield self._turn(queue[0]), queue, 0
+
+    def _by_load_turn(self, adapters: Container[str]) -> Iterator[SequenceState]:
+        """The first for each of the adapters, a tenant's sorted when it is its turn."""
         seen = set()
-        for seq in sorted((queue[0] for queue in queues if queue), key=self._load_turn):
-            if seq.adapter not in seen:
-                seen.add(seq.adapter)
-                yield seq
+        for tenants in self._tenants_in_turn(self._load_turn):
+            queues = [item for key in tenants for item in self._by_tenant.get(key, {}).items()]
+            for seq in sorted(
+                (queue[0] for adapter, queue in queues if adapter in adapters), key=self._load_turn
+            ):
+                if seq.adapter not in seen:
+                    seen.add(seq.adapter)
+                    yield seq
 
     def pass_over(self, seq: SequenceState) -> None:
         """It asked and there were not enough pages."""
@@ -140,9 +183,11 @@ class WaitingQueue:
         """Has it been passed over so often that those behind it must wait?"""
         return seq.passed >= PATIENCE
 
-    def oldest(self) -> SequenceState:
-        """The oldest of the highest class, whoever's turn it is."""
-        return min(self, key=by_seniority)
+    def oldest(self, is_on_its_way: Callable[[str], bool]) -> SequenceState | None:
+        """The oldest of the highest class, whoever's turn it is, of those whose adapter is not on its way."""
+        queues = (each for adapter, each in self._by_adapter.items() if not is_on_its_way(adapter))
+        heads = (queue[0] for each in queues for queue in each.values())
+        return min(heads, key=by_seniority, default=None)
 
     def wanted_behind(self, taker: SequenceState, adapters: Iterable[str]) -> list[str]:
         """Those of the adapters that only requests behind `taker` wait for, the youngest one's first.
@@ -152,7 +197,7 @@ class WaitingQueue:
         """
         behind = []
         for adapter in adapters:
-            heads = [queue[0] for queue in self._queues[adapter].values()]
+            heads = [queue[0] for queue in self._by_adapter[adapter].values()]
             oldest = min(seq.seniority for seq in heads)
             is_later = taker.is_running and min(map(self._turn, heads)) > self._turn(taker)
             if oldest > taker.seniority or is_later:

@@ -14,14 +14,12 @@ from benchmarks.ablation import (
     ABLATIONS,
     Findings,
     Row,
-    Size,
-    Stack,
-    gpt_oss_20b,
     json_lines,
     parse,
     run,
     show,
 )
+from benchmarks.gpu.ablation_stack import Size, Stack, gpt_oss_20b
 from benchmarks.gpu.measure import Call
 from motet.kernels.gpu import dense
 
