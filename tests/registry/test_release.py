@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from motet.registry.monitor import KEPT, Monitor
 from motet.registry.records import Limits
-from motet.registry.release import Divergence, Figures, Split, choose, figures, verdict
+from motet.registry.release import Divergence, Ended, Figures, Split, choose, figures, verdict
 
 WEIGHTS = st.floats(0.01, 1)
 
@@ -37,27 +37,31 @@ def test_aliases_draw_apart() -> None:
 
 
 def test_figures() -> None:
-    assert figures([], 0) == Figures(0, 0, 0.0)
-    assert figures([float(i) for i in range(1, 101)], 25) == Figures(125, 25, 95.0)
-    assert figures([3.0], 0).pace == 3.0
+    assert figures([]) == Figures()
+    seen = [Ended(pace=float(i), first_token=2.0 * i) for i in range(1, 101)]
+    seen += [Ended(failed=True)] * 25 + [Ended(first_token=300.0)] * 2 + [Ended()]
+    assert figures(seen) == Figures(128, 25, 95.0, 100, 194.0)
+    assert figures([Ended(pace=3.0)]) == Figures(1, 0, 3.0, 1)
     assert Figures(125, 25).error_rate == 0.2
     assert Figures().error_rate == 0.0
 
 
 LIMITS = Limits(error_rate=0.05, latency=2.0, min_requests=20)
-GOOD = Figures(200, 2, 0.010)
+GOOD = Figures(200, 2, 0.010, 150)
 
 
 @pytest.mark.parametrize(
     ("candidate", "stable", "reason"),
     [
-        (Figures(20, 1, 0.020), GOOD, None),
-        (Figures(20, 2, 0.010), GOOD, "10.0% of 20 requests failed, 1.0% of stable's"),
-        (Figures(19, 19, 9.0), GOOD, None),
-        (Figures(50, 0, 0.021), GOOD, "p95 21.0 ms per token, 10.0 of stable's"),
-        (Figures(50, 0, 0.021), Figures(19, 0, 0.010), None),
-        (Figures(50, 3, 0.010), Figures(), "6.0% of 50 requests failed, 0.0% of stable's"),
-        (Figures(50, 25, 0.010), Figures(100, 48, 0.010), None),
+        (Figures(20, 1, 0.020, 19), GOOD, None),
+        (Figures(20, 2, 0.010, 18), GOOD, "10.0% of 20 requests failed, 1.0% of stable's"),
+        (Figures(19, 19, 9.0, 0), GOOD, None),
+        (Figures(50, 0, 0.021, 20), GOOD, "p95 21.0 ms per token, 10.0 of stable's"),
+        (Figures(50, 0, 0.021, 19), GOOD, None),
+        (Figures(50, 0, 0.021, 50), Figures(200, 0, 0.010, 19), None),
+        (Figures(50, 0, 0.010, 50, 9.0), Figures(200, 0, 0.010, 150, 0.1), None),
+        (Figures(50, 3, 0.010, 47), Figures(), "6.0% of 50 requests failed, 0.0% of stable's"),
+        (Figures(50, 25, 0.010, 25), Figures(100, 48, 0.010, 52), None),
         (Figures(), GOOD, None),
     ],
 )
@@ -77,11 +81,28 @@ def test_divergence() -> None:
 def test_the_monitor_keeps_the_latest() -> None:
     monitor = Monitor()
     for _ in range(KEPT):
-        monitor.record("a@1", None)
+        monitor.record("a@prod", "a@1", Ended(failed=True))
     for _ in range(KEPT // 2):
-        monitor.record("a@1", 0.5)
-    assert monitor.figures("a@1") == Figures(KEPT, KEPT // 2, 0.5)
-    monitor.compare("a@2", [1], [1])
-    monitor.forget(["a@1", "a@2", "a@3"])
-    assert monitor.figures("a@1") == Figures()
-    assert monitor.divergence("a@2") == Divergence()
+        monitor.record("a@prod", "a@1", Ended(pace=0.5))
+    assert monitor.figures("a@prod", "a@1") == Figures(KEPT, KEPT // 2, 0.5, KEPT // 2)
+
+
+def test_the_monitor_tells_aliases_apart_and_forgets() -> None:
+    monitor = Monitor()
+    keys = [("a@prod", "a@1"), ("a@prod", "a@2"), ("a@best", "a@1"), ("a@best", "a@2")]
+    for alias, version in keys:
+        monitor.record(alias, version, Ended())
+        monitor.compare(alias, version, [1], [1])
+
+    def known() -> list[tuple[str, str]]:
+        kept = [key for key in keys if monitor.figures(*key).requests]
+        assert kept == [key for key in keys if monitor.divergence(*key).answers]
+        return kept
+
+    assert known() == keys
+    monitor.keep(set(keys[1:]) | {("a@new", "a@3")})
+    assert known() == keys[1:]
+    monitor.forget("a@best")
+    assert known() == keys[1:2]
+    monitor.record(*keys[0], Ended())
+    assert monitor.figures(*keys[0]).requests == 1

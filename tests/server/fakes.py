@@ -261,7 +261,7 @@ def listening(house: House, grace_seconds: float = 5.0) -> Iterator[str]:
         urls.append(url)
         up.set()
 
-    config = ServerConfig(port=0)
+    config = msgspec.structs.replace(house.config, port=0)
     thread = threading.Thread(
         target=lambda: asyncio.run(serve(house.app, config, on_ready=on_ready, grace_seconds=grace_seconds))
     )

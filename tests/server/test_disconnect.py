@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-import motet.server.run
+import motet.server.connection
 
 from .fakes import FakeGenerator, House, build, listening, run, until
 
@@ -78,7 +78,7 @@ def test_many_clients_leave_at_once() -> None:
 
 
 def test_a_client_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(motet.server.run, "_STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(motet.server.connection, "_STALLED_SECONDS", 0.3)
     house = build(FakeGenerator(["x" * 50_000] * 400))
     body = json.dumps({"model": "base", "prompt": "x", "stream": True, "max_tokens": 400}).encode()
     request = (

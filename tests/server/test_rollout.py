@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
@@ -15,9 +16,11 @@ from motet.observe.metrics import Metrics
 from motet.registry import follow
 from motet.registry.follow import RegistryCatalog
 from motet.registry.records import Canary, Limits
-from motet.registry.release import Divergence
+from motet.registry.release import Divergence, Ended, Figures, verdict
 from motet.registry.store import Registry
 from motet.server.app import create_app
+from motet.server.intake import Job, Prompt
+from motet.server.rollout import FAILED, MIN_TOKENS, Pace, Rollout
 from motet.types import ANYBODY, Account, Delta, PreparedAdapter, SamplingParams
 from tests.registry.house import adapter_at, label
 from tests.registry.test_follow import examine, prepare
@@ -26,13 +29,17 @@ from .fakes import SPEC, FakeEngine, FakeGenerator, run, until
 
 
 class Voices(FakeGenerator):
-    """Answers with what an adapter's text says; can fail, or be slow, for one of them."""
+    """Answers with what an adapter's text says, a letter each `pace` seconds by the engine's clock alone.
+
+    Can fail for an adapter, or have its requests wait in the queue by the world's clock.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.voices: dict[str, list[str]] = {}
         self.failing: set[str] = set()
-        self.slow: dict[str, float] = {}
+        self.pace: dict[str, float] = {}
+        self.queue: dict[str, float] = {}
         self.priorities: list[int] = []
 
     async def generate(
@@ -46,15 +53,22 @@ class Voices(FakeGenerator):
         self.priorities.append(account.priority)
         if adapter in self.failing:
             raise AdapterLoadFailed("it does not load")
-        words = self.voices[adapter]
+        await asyncio.sleep(self.queue.get(adapter, 0.0))
+        words = self.voices[adapter][: params.max_tokens]
         for i, word in enumerate(words):
-            await asyncio.sleep(self.slow.get(adapter, 0.0))
-            yield Delta(0, word, (ord(word),), finish="stop" if i == len(words) - 1 else None)
+            yield Delta(
+                0,
+                word,
+                (ord(word),),
+                finish="stop" if i == len(words) - 1 else None,
+                prefill_seconds=None if i else 0.25,
+                at=100.0 + i * self.pace.get(adapter, 0.01),
+            )
         self.calls.append((tuple(prompt), params, adapter, request_id))
 
 
 class House:
-    """support@1 says abcd and is promoted; support@2 says abxy."""
+    """support@1 says abcdabcd and is promoted; support@2 says abcdabxy."""
 
     def __init__(self, home: Path) -> None:
         def bind(folder: Path) -> PreparedAdapter:
@@ -65,9 +79,10 @@ class House:
             Registry(self.registry.url), home / "copies", SPEC, "base", "/base", bind, FakeEngine()
         )
         self.generator = Voices()
+        self.rollout = Rollout(self.generator, self.catalog)
         self.app = create_app(self.generator, self.catalog, ServerConfig(), Metrics("base"))
         self.digests = []
-        for text in ("abcd", "abxy"):
+        for text in ("abcdabcd", "abcdabxy"):
             pushed = self.registry.push("support", adapter_at(home / text, text), examine, label())
             self.generator.voices[pushed.facts.digest] = list(text)
             self.digests.append(pushed.facts.digest)
@@ -75,7 +90,8 @@ class House:
 
     async def ask(self, user: str, **more: object) -> httpx.Response:
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        body = {"model": "support", "prompt": "x", "user": user, "temperature": 0, **more}
+        body: dict[str, object] = {"model": "support", "prompt": "x", "user": user, "temperature": 0}
+        body |= more
         async with httpx.AsyncClient(transport=transport, base_url="http://motet") as client:
             return await client.post("/v1/completions", json=body)
 
@@ -110,7 +126,9 @@ def test_versions_side_by_side(house: House, stream: bool) -> None:
         assert told["canary"] == {
             "requests": release.canary.requests,
             "failures": 0,
-            "pace": release.canary.pace,
+            "pace": pytest.approx(0.01),
+            "measured": release.canary.requests,
+            "first_token": 0.25,
         }
 
     run(scenario())
@@ -122,7 +140,7 @@ def test_a_bad_canary_is_taken_back_and_its_users_get_stable(house: House, fault
         if fault == "fails":
             house.generator.failing.add(house.digests[1])
         else:
-            house.generator.slow = {house.digests[0]: 0.001, house.digests[1]: 0.02}
+            house.generator.pace = {house.digests[1]: 0.04}
         limits = Limits(error_rate=0.1, latency=3.0, min_requests=10)
         house.registry.canary("support", Canary(2, 0.5, limits=limits), "ada")
         await house.catalog.sync()
@@ -142,6 +160,84 @@ def test_a_bad_canary_is_taken_back_and_its_users_get_stable(house: House, fault
     run(scenario())
 
 
+@pytest.mark.parametrize("cause", ["short answers", "its queue", "its readers"])
+def test_a_canary_is_not_taken_back_for_what_is_not_its_doing(house: House, cause: str) -> None:
+    """The world's clock sees each of these as ten times slower than the stable version."""
+
+    async def scenario() -> None:
+        canary = house.digests[1]
+        more: dict[str, object] = {}
+        if cause == "short answers":
+            more["max_tokens"] = MIN_TOKENS - 1
+            house.generator.pace = {canary: 0.1}
+        elif cause == "its queue":
+            house.generator.queue = {canary: 0.05}
+        limits = Limits(error_rate=0.1, latency=3.0, min_requests=5)
+        house.registry.canary("support", Canary(2, 0.5, limits=limits), "ada")
+        await house.catalog.sync()
+        for i in range(30):
+            if cause == "its readers":
+                await read_slowly(house, f"user {i}", 0.01)
+            else:
+                assert (await house.ask(f"user {i}", **more)).status_code == 200
+        release = house.catalog.releases()["support@prod"]
+        assert release.canary is not None
+        assert release.canary.requests > 5
+        measured = 0 if cause == "short answers" else release.canary.requests
+        assert release.canary.measured == measured
+        assert release.canary.pace == pytest.approx(0.01 if measured else 0.0)
+        assert verdict(limits, release.stable, release.canary) is None
+
+    run(scenario())
+
+
+async def read_slowly(house: House, user: str, seconds: float) -> None:
+    """As a client that the canary answers would: it takes an event every `seconds`."""
+    record = house.catalog.resolve("support", user)
+    assert record is not None
+    job = Job(
+        "id", "support", record.name, record.digest, "fp", ANYBODY, (Prompt((1,), SamplingParams()),), True, False
+    )  # fmt: skip
+    deltas = house.generator.generate((1,), SamplingParams(), record.digest, "id")
+    async for _ in house.rollout.watch(cast("AsyncGenerator[Delta, None]", deltas), job):
+        await asyncio.sleep(seconds if record.name == "support@2" else 0)
+
+
+def test_only_requests_by_the_alias_count(house: House) -> None:
+    async def scenario() -> None:
+        house.registry.promote("support@1", "ada", to="best")
+        house.registry.canary("support", Canary(2, 1.0), "ada")
+        await house.catalog.sync()
+        house.generator.failing.add(house.digests[1])
+        fine_tune = house.registry.version("support@2").fine_tune("base")
+        for model in ("support@2", fine_tune, "support@1", "base"):
+            await house.ask("user", model=model)
+        release = house.catalog.releases()["support@prod"]
+        assert release.canary is not None
+        assert release.stable.requests == release.canary.requests == 0
+        for model in ("support", "support@prod"):
+            assert (await house.ask("user", model=model)).status_code == 503
+        assert (await house.ask("user", model="support@best")).status_code == 200
+        releases = house.catalog.releases()
+        assert releases["support@prod"].canary == Figures(2, 2)
+        assert releases["support@best"].stable.requests == 1
+        assert releases["support@prod"].stable.requests == 0, "the same version by another alias"
+
+    run(scenario())
+
+
+def test_the_engines_pace_of_several_choices() -> None:
+    pace = Pace()
+    for index, tokens, step in ((0, 11, 0.1), (1, MIN_TOKENS, 0.2), (2, MIN_TOKENS - 1, 9.0)):
+        for i in range(tokens):
+            pace.add(Delta(index, "a", (1,), at=5.0 + i * step, prefill_seconds=None if i else 0.5 + index))
+    pace.add(Delta(0, "", finish="stop"))
+    ended = pace.ended()
+    assert ended.pace == pytest.approx((10 * 0.1 + 7 * 0.2) / 17), "the third choice is too short"
+    assert ended.first_token == 2.5
+    assert Pace().ended() == Ended()
+
+
 def test_two_servers_take_back_one_canary_once(house: House) -> None:
     canary = Canary(2, 0.5)
     house.registry.promote("support@2", "ada")
@@ -156,14 +252,14 @@ def test_a_new_canary_begins_with_a_clean_slate(house: House) -> None:
     async def scenario() -> None:
         house.registry.canary("support", Canary(2, 0.5), "ada")
         await house.catalog.sync()
-        house.catalog.monitor.record("support@2", None)
+        house.catalog.monitor.record("support@prod", "support@2", FAILED)
         house.registry.promote("support@1", "bob", to="other")
         await house.catalog.sync()
-        assert house.catalog.monitor.figures("support@2").requests == 1
+        assert house.catalog.monitor.figures("support@prod", "support@2").requests == 1
         house.registry.rollback("support", "ada")
         house.registry.canary("support", Canary(2, 0.6), "ada")
         await house.catalog.sync()
-        assert house.catalog.monitor.figures("support@2").requests == 0
+        assert house.catalog.monitor.figures("support@prod", "support@2").requests == 0
 
     run(scenario())
 
@@ -174,17 +270,19 @@ def test_a_shadow_answers_nobody_and_says_how_it_differs(house: House) -> None:
         await house.catalog.sync()
         for i in range(3):
             answer = await house.ask(f"user {i}")
-            assert (answer.json()["model"], answer.json()["choices"][0]["text"]) == ("support@1", "abcd")
-            await until(lambda: house.catalog.monitor.figures("support@2").requests == i + 1)  # noqa: B023
+            assert (answer.json()["model"], answer.json()["choices"][0]["text"]) == ("support@1", "abcdabcd")
+            await until(lambda: house.catalog.monitor.figures("support@prod", "support@2").requests == i + 1)  # noqa: B023
         await house.ask("user", temperature=1)
-        await until(lambda: house.catalog.monitor.figures("support@2").requests == 4)
+        await until(lambda: house.catalog.monitor.figures("support@prod", "support@2").requests == 4)
         release = house.catalog.releases()["support@prod"]
-        assert release.divergence == Divergence(3, 0, 0.5), "ab of abcd; a random answer is not compared"
+        assert release.divergence == Divergence(3, 0, 0.75), "abcdab; a random answer is not compared"
+        assert release.canary is not None
+        assert release.canary.measured == 0, "its pace is that of whoever comes last"
         assert set(house.generator.priorities[::2]) == {0}
         assert max(house.generator.priorities[1::2]) < -1000, "behind everybody"
         house.generator.failing.add(house.digests[1])
         assert (await house.ask("user")).status_code == 200
-        await until(lambda: house.catalog.monitor.figures("support@2").failures == 1)
+        await until(lambda: house.catalog.monitor.figures("support@prod", "support@2").failures == 1)
 
     run(scenario())
 
@@ -192,11 +290,11 @@ def test_a_shadow_answers_nobody_and_says_how_it_differs(house: House) -> None:
 def test_a_client_that_leaves_says_nothing_of_the_version(house: House) -> None:
     async def scenario() -> None:
         await house.catalog.sync()
-        house.generator.slow = {house.digests[0]: 10.0}
+        house.generator.queue = {house.digests[0]: 10.0}
         asking = asyncio.create_task(house.ask("user"))
         await until(lambda: bool(house.generator.priorities))
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        assert house.catalog.monitor.figures("support@1").requests == 0
+        assert house.catalog.monitor.figures("support@prod", "support@1").requests == 0
 
     run(scenario())

@@ -8,14 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
 from motet.config import ServerConfig
-from motet.errors import ConfigError
+from motet.errors import AdapterRefused, ConfigError
+from motet.registry.store import Registry
 from motet.server.run import serve
+from motet.types import PreparedAdapter
+from tests.registry.house import adapter_at
 
 from .fakes import FakeGenerator, build, listening, run, until
 
@@ -59,6 +65,35 @@ def test_after_the_grace_everything_ends_with_an_error() -> None:
 
     with listening(house, grace_seconds=0.3) as url:
         run(scenario(url))
+
+
+def test_a_load_that_hangs_ends_with_the_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = build()
+    loading, over = threading.Event(), threading.Event()
+
+    def prepare(_: Path) -> PreparedAdapter:
+        loading.set()
+        over.wait(20)
+        raise AdapterRefused("too late to matter")
+
+    monkeypatch.setattr(house.catalog, "_prepare", prepare)
+    body = {"lora_name": "poet", "lora_path": str(tmp_path)}
+
+    async def scenario(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+            load = asyncio.create_task(client.post("/v1/load_lora_adapter", json=body))
+            await until(loading.is_set)
+            house.app.state.lifecycle.drain()
+            answer = await load
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+    try:
+        with listening(house, grace_seconds=0.3) as url:
+            began = time.monotonic()
+            run(scenario(url))
+        assert time.monotonic() - began < 5
+    finally:
+        over.set()
 
 
 def test_an_engine_that_dies_ends_every_stream() -> None:
@@ -139,3 +174,62 @@ def test_sigterm_under_load() -> None:
 
         run(scenario())
         assert process.wait(5) == 0
+
+
+def test_sigterm_during_a_push_that_hangs(tmp_path: Path) -> None:
+    """What is new is refused, the push is answered when the grace is over, and nothing is left half done."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}", "TMPDIR": str(tmp_path)}
+    push = {"name": "support", "source": str(adapter_at(tmp_path / "support", "one"))}
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING, str(tmp_path)],
+        stdout=subprocess.PIPE, text=True, cwd=root, env=environment,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+
+        async def scenario() -> None:
+            async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+                pushing = asyncio.create_task(client.post("/admin/v1/adapters", json=push))
+                assert await asyncio.to_thread(process.stdout.readline) == "examining\n"  # type: ignore[union-attr]
+                process.send_signal(signal.SIGTERM)
+                for path in (
+                    "/admin/v1/adapters", "/admin/v1/promote", "/admin/v1/gc", "/v1/load_lora_adapter",
+                    "/v1/unload_lora_adapter", "/v1/adapters/x/pin", "/v1/adapters/x/prefetch",
+                ):  # fmt: skip
+                    answer = await client.post(path, json={})
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable"), path
+                assert (await client.get("/admin/v1/adapters")).status_code == 200
+                answer = await pushing
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+        began = time.monotonic()
+        run(scenario())
+        assert process.wait(5) == 0
+        assert time.monotonic() - began < GRACE + 4
+    with closing(Registry(str(tmp_path / "registry"))) as registry:
+        assert registry.snapshot().versions == {}
+        registry.collect("ops")
+        assert registry.check() == []
+        assert list(registry.artifacts.root.iterdir()) == []
+
+
+GRACE = 1.5
+HANGING = f"""
+import sys, time
+from pathlib import Path
+from motet.config import ServerConfig
+from motet.server import registry_routes
+from motet.server.run import serve
+from motet.server.workers import run
+from tests.server.test_registry_routes import house_at
+
+def examine(folder, spec):
+    print("examining", flush=True)
+    time.sleep(60)
+
+registry_routes.examine = examine
+house = house_at(Path(sys.argv[1]))
+ready = lambda url: print(url, flush=True)
+run(serve(house.app, ServerConfig(port=0), on_ready=ready, grace_seconds={GRACE}))
+"""

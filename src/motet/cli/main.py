@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from pathlib import Path
@@ -158,6 +157,7 @@ def serve(
     """
     from motet.cli.service import run_server
     from motet.cli.settings import parse_size, read_settings
+    from motet.server.workers import run
 
     demo = [f"{name}={path}" for name, path in demo_paths().items()] if demo_adapters else []
     settings = read_settings(
@@ -194,7 +194,7 @@ def serve(
         names = ", ".join(settings.server.adapters) or "none"
         console.print(f"serving on [bold]{url}/v1[/bold]; adapters: {names}; Ctrl-C stops", soft_wrap=True)
 
-    asyncio.run(run_server(settings, console, serving, json_logs))
+    run(run_server(settings, console, serving, json_logs))
 
 
 @app.command()

@@ -69,9 +69,7 @@ class RegistryCatalog(Catalog):
         self._judge = judge
         self._forget = forget
         self._snapshot = Snapshot(-1, {}, {})
-        self._shadows: dict[
-            str, tuple[str, float]
-        ] = {}  # by stable version: the candidate and its share of prompts
+        self._shadows: dict[str, tuple[str, float]] = {}  # by alias: the candidate and its share of prompts
         self._fine_tunes: dict[str, str] = {}  # OpenAI's names of what is served
         self.monitor = Monitor()
         self._failures: dict[str, str] = {}  # what kept a version from being served, by its name
@@ -110,15 +108,14 @@ class RegistryCatalog(Catalog):
             for ref, alias in snapshot.aliases.items():
                 old = before.aliases.get(ref)
                 if alias.canary is not None and (old is None or old.canary != alias.canary):
-                    self.monitor.forget(
-                        [f"{alias.name}@{alias.stable}", f"{alias.name}@{alias.canary.number}"]
-                    )
+                    self.monitor.forget(ref)
+            compared = {(ref, v) for ref, alias in snapshot.aliases.items() for v in _versions_of(alias)}
+            self.monitor.keep(compared)
             for version in snapshot.versions.values():
                 if version.retired and self._serves(version):
                     self._failures.pop(version.ref, None)
                     await super().unload(version.ref)
                     self._forget(version.ref)
-                    self.monitor.forget([version.ref])
             self._retry = time.monotonic() + RETRY_SECONDS
 
     async def load(
@@ -172,20 +169,26 @@ class RegistryCatalog(Catalog):
             self._judge.check(version, tenant)
         return record
 
-    def shadow_of(self, version: str) -> tuple[str, float] | None:
-        """The served name that shadows what `version` answers, and the share of prompts that it gets."""
-        return self._shadows.get(version)
+    def alias_of(self, name: str) -> str | None:
+        """The alias that a request for `name` goes by, in full: support@prod for support. None for a version."""
+        if name in self._records or name not in self._aliases:
+            return None
+        return name if "@" in name else f"{name}@{PROD}"
+
+    def shadow_of(self, alias: str) -> tuple[str, float] | None:
+        """The served name that shadows what the alias answers, and the share of prompts that it gets."""
+        return self._shadows.get(alias)
 
     def releases(self) -> dict[str, Release]:
         """Every alias with what this server has seen of its versions since its canary began."""
         return {ref: self._release(alias) for ref, alias in self._snapshot.aliases.items()}
 
     def _release(self, alias: Alias) -> Release:
-        stable = self.monitor.figures(f"{alias.name}@{alias.stable}")
-        if alias.canary is None:
+        versions = _versions_of(alias)
+        stable, *candidates = (self.monitor.figures(alias.ref, version) for version in versions)
+        if not candidates:
             return Release(alias, stable)
-        candidate = f"{alias.name}@{alias.canary.number}"
-        return Release(alias, stable, self.monitor.figures(candidate), self.monitor.divergence(candidate))
+        return Release(alias, stable, candidates[0], self.monitor.divergence(alias.ref, versions[1]))
 
     async def _judge_canaries(self) -> None:
         """Take back the candidates that are worse than their limits allow."""
@@ -193,9 +196,7 @@ class RegistryCatalog(Catalog):
             canary = alias.canary
             if canary is None:
                 continue
-            stable, candidate = (
-                self.monitor.figures(f"{alias.name}@{n}") for n in (alias.stable, canary.number)
-            )
+            stable, candidate = (self.monitor.figures(ref, version) for version in _versions_of(alias))
             reason = verdict(canary.limits, stable, candidate)
             if reason is not None:
                 logger.error("%s: %s@%d is taken back: %s", ref, alias.name, canary.number, reason)
@@ -286,7 +287,7 @@ class RegistryCatalog(Catalog):
         if canary is None or candidate not in usable:
             return Split(stable)
         if canary.shadow:
-            self._shadows[stable] = (candidate, canary.weight)
+            self._shadows[alias.ref] = (candidate, canary.weight)
             return Split(stable)
         return Split(stable, candidate, canary.weight)
 
@@ -301,8 +302,15 @@ async def _in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
         await asyncio.to_thread(manager.__exit__, None, None, None)
 
 
+def _versions_of(alias: Alias) -> list[str]:
+    """The stable version of an alias and, if there is one, its candidate."""
+    canary = [] if alias.canary is None else [alias.canary.number]
+    return [f"{alias.name}@{number}" for number in (alias.stable, *canary)]
+
+
 def _needed(snapshot: Snapshot, base: str) -> list[str]:
     """The versions for this base that an alias points at."""
-    refs = [f"{a.name}@{a.stable}" for a in snapshot.aliases.values()]
-    refs += [f"{a.name}@{a.canary.number}" for a in snapshot.aliases.values() if a.canary is not None]
+    every = [_versions_of(alias) for alias in snapshot.aliases.values()]
+    refs = [ref for versions in every for ref in versions[:1]]
+    refs += [ref for versions in every for ref in versions[1:]]
     return [ref for ref in dict.fromkeys(refs) if snapshot.versions[ref].facts.base == base]

@@ -1,40 +1,44 @@
-"""What this server has seen of each version, since the canary that it is compared in began."""
+"""What this server has seen of the versions of each alias, since the canary that they are compared in began."""
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 
-from motet.registry.release import Divergence, Figures, figures
+from motet.registry.release import Divergence, Ended, Figures, figures
 
 KEPT = 1000  # the latest requests of a version
 
 
 class Monitor:
-    """The latest requests of each version. All methods belong to the event loop."""
+    """The latest requests by alias and version. All methods belong to the event loop."""
 
     def __init__(self) -> None:
-        self._paces: defaultdict[str, deque[float | None]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self._divergence: dict[str, Divergence] = {}
+        self._seen: defaultdict[tuple[str, str], deque[Ended]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._divergence: dict[tuple[str, str], Divergence] = {}
 
-    def record(self, version: str, pace: float | None) -> None:
-        """A request ended, at `pace` seconds per token; None if it failed."""
-        self._paces[version].append(pace)
+    def record(self, alias: str, version: str, ended: Ended) -> None:
+        """A request that named the alias, and that `version` answered, ended."""
+        self._seen[alias, version].append(ended)
 
-    def compare(self, candidate: str, stable: Sequence[int], shadow: Sequence[int]) -> None:
+    def compare(self, alias: str, candidate: str, stable: Sequence[int], shadow: Sequence[int]) -> None:
         """The tokens that stable answered with, and those of the shadow."""
-        self._divergence[candidate] = self._divergence.get(candidate, Divergence()).and_one(stable, shadow)
+        before = self.divergence(alias, candidate)
+        self._divergence[alias, candidate] = before.and_one(stable, shadow)
 
-    def figures(self, version: str) -> Figures:
-        seen = self._paces.get(version, ())
-        paces = [pace for pace in seen if pace is not None]
-        return figures(paces, len(seen) - len(paces))
+    def figures(self, alias: str, version: str) -> Figures:
+        return figures(self._seen.get((alias, version), ()))
 
-    def divergence(self, candidate: str) -> Divergence:
-        return self._divergence.get(candidate, Divergence())
+    def divergence(self, alias: str, candidate: str) -> Divergence:
+        return self._divergence.get((alias, candidate), Divergence())
 
-    def forget(self, versions: Iterable[str]) -> None:
-        """Begin again for these."""
-        for version in versions:
-            self._paces.pop(version, None)
-            self._divergence.pop(version, None)
+    def forget(self, alias: str) -> None:
+        """Begin again for this one."""
+        self.keep({key for key in self._seen.keys() | self._divergence.keys() if key[0] != alias})
+
+    def keep(self, versions: Set[tuple[str, str]]) -> None:
+        """Forget all but these, by alias and version."""
+        for key in self._seen.keys() - versions:
+            del self._seen[key]
+        for key in self._divergence.keys() - versions:
+            del self._divergence[key]

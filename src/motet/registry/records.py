@@ -72,7 +72,8 @@ class Limits(Struct, frozen=True):
     """When a canary is taken back: more errors, or a slower 95th percentile, than the stable version may have.
 
     `error_rate` is the share of failed requests above stable's; `latency` the ratio of p95 seconds per token to
-    stable's; nothing is decided before `min_requests` on the candidate.
+    stable's. Nothing is decided before `min_requests` on the candidate, nor of latency before so many of either had
+    answers long enough to measure.
     """
 
     error_rate: float = 0.05

@@ -19,13 +19,24 @@ class Split(Struct, frozen=True):
     weight: float = 0.0
 
 
+class Ended(Struct, frozen=True):
+    """How a request ended. `pace` is the engine's seconds per token after the first, if there were enough of them;
+    `first_token` the seconds from its first step to its first token."""
+
+    failed: bool = False
+    pace: float | None = None
+    first_token: float | None = None
+
+
 class Figures(Struct, frozen=True):
-    """What was seen of a version: requests that ended, how many failed, and of the others the 95th percentile of
-    seconds per token from a request's arrival to its end."""
+    """What was seen of a version: requests that ended, and how many failed. `pace` and `first_token` are 95th
+    percentiles of those of Ended; `measured` requests have a pace."""
 
     requests: int = 0
     failures: int = 0
     pace: float = 0.0
+    measured: int = 0
+    first_token: float = 0.0
 
     @property
     def error_rate(self) -> float:
@@ -66,20 +77,29 @@ def choose(alias: str, split: Split, user: str) -> str:
     return split.canary if draw < split.weight * 2**64 else split.stable
 
 
-def figures(paces: Sequence[float], failures: int) -> Figures:
-    """The figures of requests that ended well at these paces, and of `failures` others."""
-    ordered = sorted(paces)
-    p95 = ordered[math.ceil(0.95 * len(ordered)) - 1] if ordered else 0.0
-    return Figures(len(ordered) + failures, failures, p95)
+def figures(seen: Sequence[Ended]) -> Figures:
+    """The figures of these requests."""
+    failures = sum(ended.failed for ended in seen)
+    paces = [ended.pace for ended in seen if ended.pace is not None]
+    firsts = [ended.first_token for ended in seen if ended.first_token is not None]
+    return Figures(len(seen), failures, _p95(paces), len(paces), _p95(firsts))
+
+
+def _p95(values: Sequence[float]) -> float:
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1] if values else 0.0
 
 
 def verdict(limits: Limits, stable: Figures, candidate: Figures) -> str | None:
-    """Why the candidate must be taken back; None while nothing is against it."""
+    """Why the candidate must be taken back; None while nothing is against it.
+
+    The time to the first token is no reason: a new version begins with an empty prefix cache.
+    """
     if candidate.requests < limits.min_requests:
         return None
     if candidate.error_rate > stable.error_rate + limits.error_rate:
         failed = f"{candidate.error_rate:.1%} of {candidate.requests} requests failed"
         return f"{failed}, {stable.error_rate:.1%} of stable's"
-    if stable.requests >= limits.min_requests and candidate.pace > stable.pace * limits.latency:
+    measured = min(stable.measured, candidate.measured)
+    if measured >= limits.min_requests and candidate.pace > stable.pace * limits.latency:
         return f"p95 {candidate.pace * 1e3:.1f} ms per token, {stable.pace * 1e3:.1f} of stable's"
     return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from importlib.metadata import version
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI
@@ -17,7 +18,7 @@ from starlette.routing import Route
 
 from motet.config import ServerConfig
 from motet.engine.protocol import AdapterHost, Generator
-from motet.errors import EngineDead
+from motet.errors import EngineDead, ModelNotFound
 from motet.observe.metrics import Metrics
 from motet.observe.tracing import NO_TRACER, Trace, Tracer
 from motet.server.admin import Admin, LoadRequest, UnloadRequest, adapter_card, base_card
@@ -25,7 +26,7 @@ from motet.server.answers import ChatWriter, CompletionWriter, Tally, Writer
 from motet.server.describe import document
 from motet.server.envelope import Envelope, read_body
 from motet.server.failures import Unavailable, handlers
-from motet.server.flight import Flight
+from motet.server.flight import Flight, Place
 from motet.server.gate import Gate, Tenancy
 from motet.server.intake import Intake, Job
 from motet.server.lifecycle import Lifecycle
@@ -76,8 +77,8 @@ def create_app(
             Route("/version", routes.version, methods=["GET"]),
             Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/openapi.json", routes.openapi, methods=["GET"]),
-            *registry_routes(host, config),
-            *residency_routes(generator, host),
+            *registry_routes(host, config, lifecycle),
+            *residency_routes(generator, host, lifecycle),
         ],
         exception_handlers=handlers(metrics),
         openapi_url=None,
@@ -117,16 +118,22 @@ class Routes:
         await self._enter(request)
         asked = await self._read(request, ChatRequest)
         adapter = await self._resolve(request, asked)
-        job = await self._intake.chat(asked, adapter, _principal(request).account)
-        return await self._answer(request, job, adapter, ChatWriter(job, self._generator.decode_token))
+        place = self._queue(request, adapter)
+        job = await self._understood(
+            request, place, self._intake.chat(asked, adapter, _principal(request).account)
+        )
+        return await self._answer(request, job, place, ChatWriter(job, self._generator.decode_token))
 
     async def completions(self, request: Request) -> Response:
         self._admit()
         await self._enter(request)
         asked = await self._read(request, CompletionRequest)
         adapter = await self._resolve(request, asked)
-        job = await self._intake.completion(asked, adapter, _principal(request).account)
-        return await self._answer(request, job, adapter, CompletionWriter(job, self._generator.decode_token))
+        place = self._queue(request, adapter)
+        job = await self._understood(
+            request, place, self._intake.completion(asked, adapter, _principal(request).account)
+        )
+        return await self._answer(request, job, place, CompletionWriter(job, self._generator.decode_token))
 
     async def models(self, request: Request) -> Response:
         visible = Visible(self._host, _principal(request))
@@ -140,11 +147,12 @@ class Routes:
     async def load_adapter(self, request: Request) -> Response:
         self._lifecycle.admit()
         asked = await self._read(request, LoadRequest)
-        return _json(await self._admin.load(asked, _principal(request)))
+        return _json(await self._lifecycle.finish(self._admin.load(asked, _principal(request))))
 
     async def unload_adapter(self, request: Request) -> Response:
+        self._lifecycle.admit()
         asked = await self._read(request, UnloadRequest)
-        return _json(await self._admin.unload(asked, _principal(request)))
+        return _json(await self._lifecycle.finish(self._admin.unload(asked, _principal(request))))
 
     async def health(self, _: Request) -> Response:
         """Liveness: restart this server when it is not 200."""
@@ -174,13 +182,31 @@ class Routes:
         visit = request.state.visit = Visit(self._tenancy.counters, _principal(request).tenant)
         await request.state.held.enter_async_context(visit)
 
-    async def _answer(
-        self, request: Request, job: Job, adapter: AdapterRecord | None, writer: Writer
-    ) -> Response:
+    def _queue(self, request: Request, adapter: AdapterRecord | None) -> Place:
+        """Take a place among those that wait for a first token, before anything costs time.
+
+        Raises RateLimited or Overloaded.
+        """
+        held: AsyncExitStack = request.state.held
+        tenant, load = _principal(request).tenant, self._tenancy.load
+        if adapter is not None:
+            held.enter_context(load.hold(tenant, adapter.digest, adapter.size_bytes))
+        place = held.enter_context(ExitStack())
+        place.enter_context(load.wait(tenant))
+        limits = [s for s in (tenant.policy.queue_seconds, self._config.queue_seconds) if s is not None]
+        return Place(place, min(limits, default=None))
+
+    async def _understood(self, request: Request, place: Place, work: Coroutine[Any, Any, Job]) -> Job:
+        """The job that `work` makes of the request, unless its client goes or its time is up before its turn."""
+        job = await self._lifecycle.attend(request.receive, place.within(work))
+        request.state.trace.event("tokenized")
+        return job
+
+    async def _answer(self, request: Request, job: Job, place: Place, writer: Writer) -> Response:
         """Generate, and send what comes as it comes or all at once."""
-        flight = await self._start(request, job, adapter)
+        flight = await self._start(request, job, place)
         deltas = deltas_of(job, self._generator, flight)
-        deltas = self._rollout.watch(deltas, job, request.state.arrival)
+        deltas = self._rollout.watch(deltas, job)
         headers = {DIGEST_HEADER: job.digest or "base"}
         if job.stream:
             return EventStream(
@@ -192,15 +218,11 @@ class Routes:
         body = await self._lifecycle.attend(request.receive, whole(deltas, writer, flight.tally))
         return _json_bytes(body, headers)
 
-    async def _start(self, request: Request, job: Job, adapter: AdapterRecord | None) -> Flight:
-        """Reserve what the job may need. Raises RateLimited or Overloaded."""
-        held: AsyncExitStack = request.state.held
-        tenant, load = _principal(request).tenant, self._tenancy.load
-        if adapter is not None:
-            held.enter_context(load.hold(tenant, adapter.digest, adapter.size_bytes))
-        place = held.enter_context(ExitStack())
-        place.enter_context(load.wait(tenant))
-        await request.state.visit.reserve(job.most_tokens)
+    async def _start(self, request: Request, job: Job, place: Place) -> Flight:
+        """Reserve the tokens that the job may need. Raises RateLimited."""
+        visit: Visit = request.state.visit
+        tenant = _principal(request).tenant
+        await visit.reserve(job.most_tokens)
         meter = self._metrics.request(job.model, job.prompt_tokens, request.state.arrival, tenant.name)
         trace: Trace = request.state.trace
         trace.set(
@@ -210,9 +232,7 @@ class Routes:
                 "motet.tenant": tenant.name,
             }
         )
-        trace.event("tokenized")
-        limits = [s for s in (tenant.policy.queue_seconds, self._config.queue_seconds) if s is not None]
-        return Flight(Tally(job), meter, request.state.visit, place, trace, min(limits, default=None))
+        return Flight(Tally(job), meter, visit, place, trace)
 
     async def _read(self, request: Request, shape: type[R]) -> R:
         return parse(await read_body(request, self._config.max_body_bytes), shape, self._intake.max_commas)
@@ -228,9 +248,12 @@ class Routes:
     async def _resolve(self, request: Request, asked: Sampling) -> AdapterRecord | None:
         """The adapter that the request names, kept servable until the request ends. Raises ModelNotFound."""
         held: AsyncExitStack = request.state.held
-        visible = Visible(self._host, _principal(request))
-        await visible.want(asked.model)
-        adapter = held.enter_context(visible.hold(asked.model, user_of(request, asked)))
+        visible, user = Visible(self._host, _principal(request)), user_of(request, asked)
+        try:
+            adapter = held.enter_context(visible.hold(asked.model, user))
+        except ModelNotFound:  # so far
+            await self._lifecycle.finish(visible.want(asked.model))
+            adapter = held.enter_context(visible.hold(asked.model, user))
         if adapter is not None:
             self._metrics.track(adapter.name)
         request.state.model = adapter.name if adapter else asked.model

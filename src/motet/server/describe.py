@@ -51,7 +51,7 @@ class Operation:
     fails: tuple[int, ...] = ()
 
 
-_BODY = (400, 413, 415)
+_BODY = (400, 408, 413, 415)
 _GENERATE = (*_BODY, 404, 429, 500, 503, 504)
 OPERATIONS = {
     "POST /v1/chat/completions": Operation(

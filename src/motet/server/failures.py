@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CLIENT_GONE = 499  # nginx's number for "client closed request": for the log, nobody receives it
 _RETRY_AFTER_SECONDS = {503: 1.0, 504: 1.0, 507: 60.0}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}}
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -39,6 +40,13 @@ class Unavailable(MotetError):
 
     status = 503
     code = "unavailable"
+
+
+class RequestTimeout(MotetError):
+    """The client was too slow with its request."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class BodyTooLarge(MotetError):
@@ -100,9 +108,9 @@ def response_to(failure: BaseException) -> Response:
 
 
 def headers_of(failure: BaseException) -> dict[str, str]:
-    """When to come back, and with what."""
+    """When to come back, with what, and on which connection."""
     status = status_of(failure)
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    headers = dict(_HEADERS.get(status, {}))
     seconds: float | None = getattr(failure, "retry_after", _RETRY_AFTER_SECONDS.get(status))
     if seconds is not None:
         headers["Retry-After"] = str(max(1, math.ceil(seconds)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from contextlib import ExitStack
+from typing import TypeVar
 
 from motet.observe.metrics import Meter
 from motet.observe.tracing import Trace
@@ -13,34 +14,51 @@ from motet.tenancy.load import QueueTimeout
 from motet.tenancy.quota import Visit
 from motet.types import Delta
 
+T = TypeVar("T")
+
+
+class Place:
+    """A request's place in the queue for a first token, from before it is tokenised on."""
+
+    def __init__(self, place: ExitStack, seconds: float | None) -> None:
+        """It may be kept for `seconds`; closing `place` gives it back."""
+        self._place = place
+        self._seconds = seconds
+        self._until = None if seconds is None else asyncio.get_running_loop().time() + seconds
+
+    async def within(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which is cancelled when the time is up. Raises QueueTimeout then."""
+        timeout = asyncio.timeout_at(self._until)
+        try:
+            async with timeout:
+                return await work
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            raise QueueTimeout(f"no token came in the {self._seconds:g} s that a request may wait") from None
+
+    def leave(self) -> None:
+        """Give it back."""
+        self._place.close()
+
 
 class Flight:
     """Measures a job from its start to its one end."""
 
-    def __init__(
-        self, tally: Tally, meter: Meter, visit: Visit, place: ExitStack, trace: Trace, seconds: float | None
-    ) -> None:
-        """`place` is the job's place in the queue, which it may keep for `seconds`."""
+    def __init__(self, tally: Tally, meter: Meter, visit: Visit, place: Place, trace: Trace) -> None:
         self.tally = tally
         self._meter = meter
         self._visit = visit
         self._place = place
         self._trace = trace
-        self._seconds = seconds
         self._began = False
 
     async def first(self, delta: Awaitable[Delta]) -> Delta:
         """The first delta, which ends the wait. Raises QueueTimeout when it does not come in time."""
-        timeout = asyncio.timeout(self._seconds)
         try:
-            async with timeout:
-                return await delta
-        except TimeoutError:
-            if not timeout.expired():
-                raise
-            raise QueueTimeout(f"no token came in the {self._seconds:g} s that a request may wait") from None
+            return await self._place.within(delta)
         finally:
-            self._place.close()
+            self._place.leave()
 
     def delta(self, delta: Delta) -> None:
         """A piece of the answer."""
@@ -54,7 +72,7 @@ class Flight:
 
     def end(self, outcome: str) -> None:
         """`outcome` is stop, length, error or cancelled. What an error of ours kept from beginning costs nothing."""
-        self._place.close()
+        self._place.leave()
         usage = self.tally.usage()
         if self._began or outcome == "cancelled":
             self._visit.used_tokens = usage.total_tokens

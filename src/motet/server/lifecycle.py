@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -25,7 +25,8 @@ class Lifecycle:
         self.draining = False
         self.in_flight = 0
         self._over = False
-        self._ends: set[asyncio.Future[None]] = set()  # one per attended work
+        self._ends: set[asyncio.Future[None]] = set()  # one for each that waits
+        self._left: set[asyncio.Future[Any]] = set()  # the loop itself keeps only weak references
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -57,14 +58,10 @@ class Lifecycle:
 
         `receive` must have given the whole request body already. Raises ClientDisconnect or Unavailable.
         """
-        end = asyncio.get_running_loop().create_future()
-        if self._over:
-            end.set_result(None)
-        self._ends.add(end)
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_disconnect(receive))
         try:
-            await asyncio.wait((task, gone, end), return_when=asyncio.FIRST_COMPLETED)
+            await self._first(task, gone)
             if task.done():
                 return task.result()
             if gone.done():
@@ -74,7 +71,33 @@ class Lifecycle:
             task.cancel()
             gone.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
+
+    async def finish(self, work: Coroutine[object, object, T]) -> T:
+        """The result of `work`, which goes on when the client goes, and is left to itself when the grace is over: for
+        what a thread does, and no cancelling undoes. Raises Unavailable then."""
+        task = asyncio.ensure_future(work)
+        self._left.add(task)
+        task.add_done_callback(self._forget)
+        await self._first(task)
+        if task.done():
+            return task.result()
+        raise Unavailable("the server shut down before the operation was over; see whether it was done")
+
+    async def _first(self, *tasks: asyncio.Future[T] | asyncio.Future[None]) -> None:
+        """Wait until one of `tasks` is done, or the server's grace is over."""
+        end = asyncio.get_running_loop().create_future()
+        if self._over:
+            end.set_result(None)
+        self._ends.add(end)
+        try:
+            await asyncio.wait((*tasks, end), return_when=asyncio.FIRST_COMPLETED)
+        finally:
             self._ends.discard(end)
+
+    def _forget(self, task: asyncio.Future[Any]) -> None:
+        self._left.discard(task)
+        if not task.cancelled():
+            task.exception()  # perhaps nobody is there any more to be told
 
 
 async def _disconnect(receive: Receive) -> None:

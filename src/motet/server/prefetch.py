@@ -12,11 +12,12 @@ from starlette.routing import Route
 
 from motet.engine.protocol import AdapterHost, Generator
 from motet.errors import InvalidRequest
+from motet.server.lifecycle import Lifecycle
 from motet.types import AdapterRecord, EngineStats
 
 
 class AdapterState(msgspec.Struct, frozen=True):
-    """`state` is absent, loading, ready or draining; `loads` are the copies into the pool so far."""
+    """`state` is absent, loading, remaking, ready or draining; `loads` are the copies into the pool so far."""
 
     name: str
     digest: str
@@ -30,7 +31,7 @@ class AdapterStates(msgspec.Struct, frozen=True):
     data: list[AdapterState]
 
 
-def residency_routes(generator: Generator, host: AdapterHost) -> list[Route]:
+def residency_routes(generator: Generator, host: AdapterHost, lifecycle: Lifecycle) -> list[Route]:
     """The routes under /v1/adapters."""
 
     async def states(_: Request) -> Response:
@@ -39,6 +40,7 @@ def residency_routes(generator: Generator, host: AdapterHost) -> list[Route]:
 
     async def prefetch(request: Request) -> Response:
         """Begin to load, if there is room that nobody wants; the answer tells the state, it does not wait."""
+        lifecycle.admit()
         record = _adapter(request, host)
         await generator.prefetch(record.digest)
         return _json(_state(record, await generator.stats()))
@@ -50,6 +52,7 @@ def residency_routes(generator: Generator, host: AdapterHost) -> list[Route]:
         return await set_pinned(request, False)
 
     async def set_pinned(request: Request, pinned: bool) -> Response:
+        lifecycle.admit()
         record = _adapter(request, host)
         await generator.pin_adapter(record.digest, pinned)
         return _json(_state(record, await generator.stats()))

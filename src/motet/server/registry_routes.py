@@ -6,7 +6,7 @@ One table makes the routes and the description, so that neither can say what the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as version_of
@@ -37,6 +37,7 @@ from motet.registry.sources import is_remote, opened
 from motet.server.admin import confined
 from motet.server.envelope import read_body
 from motet.server.failures import ErrorBody
+from motet.server.lifecycle import Lifecycle
 from motet.server.openai import Strict, parse
 from motet.tenancy.access import Principal
 
@@ -115,14 +116,14 @@ class Operation:
     path: str
     takes: type[Strict] | None
     answers: Any
-    run: Callable[[Request, Any], Awaitable[object]]
+    run: Callable[[Request, Any], Coroutine[object, object, object]]
 
     @property
     def summary(self) -> str:
         return (self.run.__doc__ or "").strip().partition("\n")[0]
 
 
-def registry_routes(host: AdapterHost, config: ServerConfig) -> list[Route]:
+def registry_routes(host: AdapterHost, config: ServerConfig, lifecycle: Lifecycle) -> list[Route]:
     """The routes of a server that follows a registry; none for another."""
     if not isinstance(host, RegistryCatalog):
         return []
@@ -133,7 +134,11 @@ def registry_routes(host: AdapterHost, config: ServerConfig) -> list[Route]:
         return Response(document, media_type="application/json")
 
     routes = [
-        Route(PREFIX + operation.path, partial(_answer, operation, config), methods=[operation.method])
+        Route(
+            PREFIX + operation.path,
+            partial(_answer, operation, config, lifecycle),
+            methods=[operation.method],
+        )
         for operation in operations
     ]
     return [*routes, Route(f"{PREFIX}/openapi.json", describe, methods=["GET"])]
@@ -284,11 +289,15 @@ def _json_of(schema: object) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-async def _answer(operation: Operation, config: ServerConfig, request: Request) -> Response:
+async def _answer(
+    operation: Operation, config: ServerConfig, lifecycle: Lifecycle, request: Request
+) -> Response:
+    if operation.method == "POST":
+        lifecycle.admit()
     asked = None
     if operation.takes is not None:
         asked = parse(await read_body(request, config.max_body_bytes), operation.takes, _MAX_COMMAS)
-    answer = await operation.run(request, asked)
+    answer = await lifecycle.finish(operation.run(request, asked))
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 

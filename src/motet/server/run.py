@@ -1,8 +1,8 @@
-"""Serving the application in this process: uvicorn, with an orderly end and no patience for stalled clients.
+"""Serving the application in this process: uvicorn, with an orderly end.
 
 SIGTERM or SIGINT: readiness turns 503 and new work is refused while the socket still answers; work in flight
 has `grace_seconds` to finish, then ends with an error; then `serve` returns, so that the process can exit
-with 0. A second signal skips the grace.
+with 0. A second signal skips the grace. Threads are not waited for: see `workers`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from motet.config import ServerConfig
 from motet.errors import ConfigError
+from motet.server.connection import KEEP_ALIVE_SECONDS, Connection, with_patience
 from motet.server.gate import for_operators
 from motet.server.lifecycle import Lifecycle
+from motet.server.workers import Workers
 
 logger = logging.getLogger(__name__)
-_STALLED_SECONDS = 30.0  # a client that takes nothing of 64 KiB for so long is cut off
-_READ_BYTES = 4 << 10  # of 1-byte HTTP chunks: 10-20 ms of parsing; asyncio's own 256 KiB are 600 ms
-_KEEP_ALIVE_SECONDS = 65  # longer than load balancers keep an idle connection, so that they close it first
 _CLOSING_SECONDS = 5  # after the grace, for the last bytes
 
 
@@ -43,11 +42,18 @@ async def serve(
 
     Raises SystemExit, having logged why, when the address cannot be bound; ConfigError for that of `admin_port`.
     """
-    main = Server(_settings(app, config.host, config.port), app.state.lifecycle, on_ready, grace_seconds)
+    main = Server(_settings(app, config, config.port), app.state.lifecycle, on_ready, grace_seconds)
+    try:
+        await _serve(main, app, config)
+    finally:  # what is closed now must not queue behind threads that hang
+        asyncio.get_running_loop().set_default_executor(Workers())
+
+
+async def _serve(main: Server, app: FastAPI, config: ServerConfig) -> None:
     if config.admin_port is None:
         await main.serve()
         return
-    side = _settings(for_operators(app), config.host, config.admin_port)
+    side = _settings(for_operators(app), config, config.admin_port)
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         listening = socket.create_server((config.host, config.admin_port), family=family)
@@ -63,17 +69,17 @@ async def serve(
         await serving
 
 
-def _settings(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
+def _settings(app: ASGIApp, config: ServerConfig, port: int) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
-        host=host,
+        with_patience(app, config),
+        host=config.host,
         port=port,
-        http=Connection,
+        http=partial(Connection, config.head_seconds),  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
 
@@ -131,37 +137,3 @@ class SecondPort(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-class Connection(H11Protocol):
-    """One client. Reads in small bites, so that no client can keep the event loop busy, and hangs up on one
-    that has
-    stopped reading: asyncio's own close would wait for it for ever."""
-
-    _stalled: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if hasattr(transport, "max_size"):
-            transport.max_size = _READ_BYTES
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stalled = self.loop.call_later(_STALLED_SECONDS, self._hang_up)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._forgive()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forgive()
-        super().connection_lost(exc)
-
-    def _hang_up(self) -> None:
-        logger.warning("a client stopped reading for %.0f s", _STALLED_SECONDS)
-        self.transport.abort()
-
-    def _forgive(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
