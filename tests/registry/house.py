@@ -33,8 +33,11 @@ def label(source: str = "here", who: str = "ada", **more: Any) -> Label:
     return Label(source=source, who=who, **more)
 
 
-def registry_at(folder: Path) -> Registry:
-    return Registry(str(folder / "registry"))
+def registry_at(folder: Path, database: str = "") -> Registry:
+    """With its artifacts in `folder`: in SQLite there too, or in PostgreSQL at the URL `database`."""
+    if not database:
+        return Registry(str(folder / "registry"))
+    return Registry(f"{database}&artifacts={folder / 'registry' / 'artifacts'}")
 
 
 def push(registry: Registry, folder: Path, text: str, name: str = "support", **more: Any) -> str:

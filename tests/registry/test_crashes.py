@@ -1,4 +1,4 @@
-"""kill -9 at every line of push, promote, rollback and gc, and processes that share a registry.
+"""kill -9 at every line of push, promote, rollback and gc, and processes that share a registry, on both databases.
 
 A child process is killed when it reaches its nth line inside the registry, for n = 1, 2, … until it gets through.
 Children are forked, because starting an interpreter for each of some hundred lines would take minutes.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from motet.registry.store import Registry
+from tests.databases import Postgres
 
 from .house import push, registry_at
 
@@ -24,9 +26,15 @@ from pathlib import Path
 
 from motet.registry.records import Canary
 from motet.registry.store import Registry
+from tests.databases import Postgres
 from tests.registry.house import push, registry_at
 
 ROOM = os.path.join("motet", "registry", "")
+TABLES = ("versions", "aliases", "moves", "audit")
+RESTORE = "; ".join(
+    [f"TRUNCATE {', '.join('motet.' + table for table in TABLES)}"]
+    + [f"INSERT INTO motet.{table} SELECT * FROM saved.{table}" for table in TABLES]
+)
 
 def killed_at(line, work):
     seen = 0
@@ -46,8 +54,8 @@ def killed_at(line, work):
         os._exit(0)
     return os.waitpid(pid, 0)[1] != 0
 
-def work(home):
-    registry = registry_at(home)
+def work(home, database):
+    registry = registry_at(home, database)
     if step == "push":
         push(registry, home, "three")
     elif step == "promote":
@@ -57,14 +65,18 @@ def work(home):
     else:
         registry.collect("ada")
 
-step, home = sys.argv[1], Path(sys.argv[2])
+step, home, database, where = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+server = Postgres(Path(where)) if where else None
 states, line = [], 0
 while True:
     line += 1
     here = home / str(line)
     shutil.copytree(home / "before", here)
-    died = killed_at(line, lambda: work(here))
-    registry = registry_at(here)
+    if server:
+        server.run(RESTORE, database)
+    url = server.url(database) if server else ""
+    died = killed_at(line, lambda: work(here, url))
+    registry = registry_at(here, url)
     problems = registry.check()
     snapshot = registry.snapshot()
     prod = snapshot.aliases["support@prod"].stable
@@ -82,10 +94,19 @@ print(json.dumps(states))
 """
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def postgres_or_none(request: pytest.FixtureRequest) -> Postgres | None:
+    server: Postgres | None = request.getfixturevalue("postgres") if request.param == "postgresql" else None
+    return server
+
+
 @pytest.mark.parametrize("step", ["push", "promote", "rollback", "gc"])
-def test_kill_9_at_every_line_leaves_a_sound_registry(tmp_path: Path, step: str) -> None:
-    home = tmp_path / "home"
-    registry = registry_at(home / "before")
+def test_kill_9_at_every_line_leaves_a_sound_registry(
+    tmp_path: Path, step: str, postgres_or_none: Postgres | None
+) -> None:
+    home, server = tmp_path / "home", postgres_or_none
+    database = server.database() if server else ""
+    registry = registry_at(home / "before", server.url(database) if server else "")
     push(registry, tmp_path, "zero", name="old")
     registry.retire("old@1", "ada")
     for text in ("one", "two"):
@@ -94,7 +115,12 @@ def test_kill_9_at_every_line_leaves_a_sound_registry(tmp_path: Path, step: str)
     if step == "rollback":
         registry.promote("support@2", "ada")
     registry.close()
-    program = [sys.executable, "-c", PROGRAM, step, str(home)]
+    if server:
+        server.run("CREATE SCHEMA saved", database)
+        for table in ("versions", "aliases", "moves", "audit"):
+            server.run(f"CREATE TABLE saved.{table} AS TABLE motet.{table}", database)
+    where = str(server.home) if server else ""
+    program = [sys.executable, "-c", PROGRAM, step, str(home), database, where]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     states = json.loads(done.stdout)
@@ -120,8 +146,8 @@ from pathlib import Path
 from motet.errors import AdapterConflict
 from tests.registry.house import push, registry_at
 
-home, me = Path(sys.argv[1]), sys.argv[2]
-registry = registry_at(home)
+home, me, database = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+registry = registry_at(home, database)
 for i in range(12):
     ref = push(registry, home / me, f"{me}-{i}", who=me)
     registry.promote(ref, me)
@@ -134,10 +160,12 @@ for i in range(12):
 """
 
 
-def test_processes_share_a_registry(tmp_path: Path) -> None:
-    registry = registry_at(tmp_path)
+def test_processes_share_a_registry(tmp_path: Path, postgres_or_none: Postgres | None) -> None:
+    server = postgres_or_none
+    database = server.url(server.database()) if server else ""
+    registry = registry_at(tmp_path, database)
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name], cwd=ROOT)
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, database], cwd=ROOT)
         for name in ("ada", "bob", "eve")
     ]
     revision = 0
@@ -152,4 +180,6 @@ def test_processes_share_a_registry(tmp_path: Path) -> None:
     assert sorted(v.number for v in snapshot.versions.values()) == list(range(1, 37))
     assert len(registry.history(last=1000)) == snapshot.revision
     assert registry.check() == []
-    assert Registry(registry.url).snapshot() == snapshot
+    with closing(Registry(registry.url)) as again:
+        assert again.snapshot() == snapshot
+    registry.close()

@@ -11,9 +11,11 @@ import pytest
 from motet.models.registry import load_spec
 from motet.registry.examine import examine
 from motet.registry.records import Label
-from motet.registry.store import Registry
+from tests.databases import Postgres
 from tests.live import LiveServer, live_server, until
 from tests.tiny import write_adapter, write_model
+
+from .house import registry_at
 
 pytestmark = pytest.mark.xdist_group("live")
 
@@ -26,11 +28,16 @@ def answers(server: LiveServer, model: str) -> str | None:
     return answer.json()["model"] if answer.status_code == 200 else None
 
 
-def test_two_servers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_two_servers(tmp_path: Path, database: str, request: pytest.FixtureRequest) -> None:
+    url = ""
+    if database == "postgresql":
+        postgres: Postgres = request.getfixturevalue("postgres")
+        url = postgres.url(postgres.database())
     model = write_model(tmp_path / "base", "llama")
     for number in (1, 2):
         write_adapter(tmp_path / f"v{number}", model, "llama", number, r=4, target_modules=["q_proj"])
-    registry = Registry(str(tmp_path / "registry"))
+    registry = registry_at(tmp_path, url)
 
     def push(number: int) -> None:
         source = tmp_path / f"v{number}"
@@ -58,3 +65,4 @@ def test_two_servers(tmp_path: Path) -> None:
         assert second.post("/admin/v1/retire", {"ref": "support@2"}).status_code == 200
         until(lambda: answers(first, "support@2") is None)
     assert registry.check() == []
+    registry.close()

@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,20 @@ from motet.errors import AdapterConflict, AdapterRefused, ConfigError, InvalidRe
 from motet.registry.records import Canary, NotRegistered, split_ref
 from motet.registry.store import Registry
 from motet.registry.tables import RegistryDamaged
+from tests.databases import Postgres
 
 from .house import BASE, adapter_at, examine, label, push, registry_at
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return registry_at(tmp_path)
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
+    database = ""
+    if request.param == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        database = server.url(server.database())
+    registry = registry_at(tmp_path, database)
+    yield registry
+    registry.close()
 
 
 def test_versions_are_numbered_and_keep_what_was_said_of_them(registry: Registry, tmp_path: Path) -> None:
@@ -43,8 +52,8 @@ def test_a_reopened_registry_has_everything(registry: Registry, tmp_path: Path) 
     registry.promote("support@1", "ada")
     before = registry.snapshot()
     registry.close()
-    again = Registry(f"sqlite:///{tmp_path}/registry/registry.db")
-    assert again.snapshot() == before
+    with closing(Registry(registry.url)) as again:
+        assert again.snapshot() == before
 
 
 def test_pushing_what_is_there_is_a_conflict_and_pushing_what_is_bad_leaves_nothing(
@@ -155,7 +164,7 @@ def test_the_log_says_who_did_what(registry: Registry, tmp_path: Path) -> None:
     push(registry, tmp_path, "one", metrics={"f1": 0.5})
     push(registry, tmp_path, "one", name="sup")
     registry.promote("support@1", "bob", reason="looks good")
-    registry.note("eve", "deny", "support@1", "no signature")
+    registry.note("eve", "deny", [("support@1", "no signature")])
     told = [(event.who, event.action, event.subject) for event in registry.history("support")]
     assert told == [
         ("eve", "deny", "support@1"),
@@ -165,6 +174,24 @@ def test_the_log_says_who_did_what(registry: Registry, tmp_path: Path) -> None:
     assert "looks good" in registry.history("support@prod")[0].detail
     assert "f1 0.5" in registry.history("support@1")[1].detail
     assert registry.revision() == registry.history()[0].number == 4
+
+
+def test_what_people_write_is_kept_or_refused_by_name(registry: Registry, tmp_path: Path) -> None:
+    said = label("caf\udce9/\0", "Ada 🦉", license="a\0b", metrics={"size": 2.0**80})
+    registry.push("support", adapter_at(tmp_path / "a", "one"), examine, said)
+    assert registry.version("support@1").label == said
+    registry.promote("support@1", "e\0ve", reason="caf\udce9")
+    assert registry.history("support@prod")[0].who == "e\\0ve"
+    assert "caf\\udce9" in registry.history("support@prod")[0].detail
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(InvalidRequest, match="metric 'f1' is"):
+            push(registry, tmp_path, "two", metrics={"f1": number})
+
+
+def test_names_differ_by_small_and_large_letters(registry: Registry, tmp_path: Path) -> None:
+    push(registry, tmp_path, "one", name="support")
+    push(registry, tmp_path, "two", name="Support")
+    assert [event.subject for event in registry.history("Support")] == ["Support@1"]
 
 
 def test_gc_removes_what_no_version_needs(registry: Registry, tmp_path: Path) -> None:
@@ -184,7 +211,8 @@ def test_gc_removes_what_no_version_needs(registry: Registry, tmp_path: Path) ->
     assert registry.check() == []
 
 
-def test_check_names_what_is_unsound(registry: Registry, tmp_path: Path) -> None:
+def test_check_names_what_is_unsound(tmp_path: Path) -> None:
+    registry = registry_at(tmp_path)
     for text in ("one", "two", "three"):
         push(registry, tmp_path, text)
     places = [registry.artifacts.path(registry.version(f"support@{n}").artifact) for n in (1, 2, 3)]
@@ -232,9 +260,17 @@ def test_a_database_that_is_none_and_urls_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "registry.db").write_text("this is not a database, " * 100)
     with pytest.raises(RegistryDamaged):
         Registry(str(tmp_path))
-    for url in ("http://x/y", "sqlite://", "sqlite://host/file", "postgresql://x/y"):
-        with pytest.raises(ConfigError, match="must be a folder or sqlite"):
+    for url in (
+        "http://x/y",
+        "sqlite://",
+        "sqlite://host/file",
+        "postgresql://ada:secret@x/y",
+        "mysql://x/y",
+    ):
+        with pytest.raises(ConfigError, match="must be a folder, sqlite") as refused:
             Registry(url)
-    (tmp_path / "file").touch()
+        assert "secret" not in str(refused.value)
+    Registry(f"sqlite:///{tmp_path}/file/is/new.db").close()
+    (tmp_path / "plain").touch()
     with pytest.raises(ConfigError, match="cannot be made"):
-        Registry(str(tmp_path / "file" / "registry"))
+        Registry(str(tmp_path / "plain" / "registry"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 
 import msgspec
 import pytest
+from sqlalchemy import create_engine, text
 
 import motet.tenancy.access
 from motet.config import TenantPolicy
@@ -22,8 +25,9 @@ from motet.tenancy.access import (
     Unauthenticated,
 )
 from motet.tenancy.keys import Role, new_key
-from motet.tenancy.store import Contents, StoreUnavailable
+from motet.tenancy.store import Contents, Store, StoreUnavailable
 from motet.tenancy.tenants import Tenant
+from tests.databases import Postgres
 
 
 class Database:
@@ -194,6 +198,46 @@ def test_a_database_that_never_answers_is_asked_anew(monkeypatch: pytest.MonkeyP
         dead.set()
 
     asyncio.run(scenario())
+
+
+def test_a_real_database_that_stands_still(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection lives and nobody answers: the next one is better, nothing else waits, and the loop ends."""
+    monkeypatch.setattr(motet.tenancy.access, "READ_SECONDS", 0.2)
+    clock, name = Clock(), postgres.database()
+    store, admin = Store(postgres.url(name)), create_engine(postgres.url())
+    record, token = new_key("acme", "inference")
+    store.add_key(record)
+    guard = Guard(store.read, clock=clock)
+    with admin.connect() as connection:
+        pids = connection.execute(text(f"SELECT pid FROM pg_stat_activity WHERE datname = '{name}'"))
+        backends = [int(row[0]) for row in pids]
+    assert backends
+
+    async def scenario() -> None:
+        for backend in backends:
+            os.kill(backend, signal.SIGSTOP)
+        for _ in range(int(GIVE_UP_SECONDS / REFRESH_SECONDS) + 2):
+            clock.now += REFRESH_SECONDS
+            assert (await guard.principal(token)).tenant.name == "acme"
+        other = Store(postgres.url(name))
+        other.revoke_key(record.id)
+        other.close()
+        clock.now += REFRESH_SECONDS
+        with pytest.raises(Unauthenticated):
+            await guard.principal(token)
+
+    try:
+        began = time.monotonic()
+        asyncio.run(scenario())
+        assert time.monotonic() - began < 5
+    finally:
+        for backend in backends:
+            os.kill(backend, signal.SIGCONT)
+        for thread in threading.enumerate():
+            if thread.name == "tenancy":
+                thread.join(10)
+        store.close()
+        admin.dispose()
 
 
 def test_what_cannot_be_understood_changes_nothing() -> None:

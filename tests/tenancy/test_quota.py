@@ -16,6 +16,8 @@ from motet.tenancy.quota import Counters, Entry, LocalCounters, RateLimited, Vis
 from motet.tenancy.shared import QuotaUnavailable, RedisCounters, connect
 from motet.tenancy.tenants import Tenant
 
+from .conftest import Connect, Run
+
 Make = Callable[[], Counters]
 
 
@@ -23,10 +25,12 @@ def in_redis() -> Counters:
     return RedisCounters(FakeAsyncRedis(server=FakeServer()))
 
 
-@pytest.fixture(params=[LocalCounters, in_redis], ids=["local", "redis"])
+@pytest.fixture(params=["local", "fake redis", "redis"])
 def make(request: pytest.FixtureRequest) -> Make:
-    made: Make = request.param
-    return made
+    if request.param == "redis":
+        connected: Connect = request.getfixturevalue("connected")
+        return connected
+    return LocalCounters if request.param == "local" else in_redis
 
 
 def tenant(name: str = "acme", **limits: Any) -> Tenant:
@@ -47,8 +51,10 @@ async def admitted(counters: Counters, who: Tenant, attempts: int, hold: asyncio
             refused.append(1)
 
     tasks = [asyncio.create_task(visit()) for _ in range(attempts)]
-    while len(refused) + inside < attempts:  # noqa: ASYNC110 - two conditions
+    while len(refused) + inside < attempts:
         await asyncio.sleep(0.001)
+        for task in tasks:
+            assert not task.done() or task.exception() is None, task.exception()
     at_once = inside
     hold.set()
     await asyncio.gather(*tasks)
@@ -58,7 +64,7 @@ async def admitted(counters: Counters, who: Tenant, attempts: int, hold: asyncio
 @pytest.mark.parametrize("limits", [{"requests_per_minute": 7}, {"max_concurrent": 7},
                                     {"requests_per_minute": 7, "max_concurrent": 50},
                                     {"requests_per_minute": 9, "max_concurrent": 7}])  # fmt: skip
-def test_a_hundred_at_the_edge_are_admitted_exactly(make: Make, limits: dict[str, Any]) -> None:
+def test_a_hundred_at_the_edge_are_admitted_exactly(run: Run, make: Make, limits: dict[str, Any]) -> None:
     async def scenario() -> None:
         counters = make()
         assert await admitted(counters, tenant(**limits), 100, asyncio.Event()) == 7
@@ -68,10 +74,10 @@ def test_a_hundred_at_the_edge_are_admitted_exactly(make: Make, limits: dict[str
             7 if limits == {"max_concurrent": 7} else 2 if limits.get("max_concurrent") == 7 else 0
         )
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
-def test_no_limits(make: Make) -> None:
+def test_no_limits(run: Run, make: Make) -> None:
     async def scenario() -> None:
         counters = make()
         assert await admitted(counters, tenant(), 100, asyncio.Event()) == 100
@@ -79,10 +85,10 @@ def test_no_limits(make: Make) -> None:
             await visit.reserve(10**12)
             assert visit.headers() == {}
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
-def test_tokens_are_reserved_and_refunded(make: Make) -> None:
+def test_tokens_are_reserved_and_refunded(run: Run, make: Make) -> None:
     async def scenario() -> None:
         counters, who = make(), tenant(tokens_per_minute=10)
         async with Visit(counters, who) as first, Visit(counters, who) as second:
@@ -103,7 +109,7 @@ def test_tokens_are_reserved_and_refunded(make: Make) -> None:
             assert refused.value.retry_after is None
             assert "max_tokens" in str(refused.value)
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 async def failing(counters: Counters, who: Tenant) -> None:
@@ -112,17 +118,17 @@ async def failing(counters: Counters, who: Tenant) -> None:
         raise ZeroDivisionError
 
 
-def test_what_fails_costs_nothing(make: Make) -> None:
+def test_what_fails_costs_nothing(run: Run, make: Make) -> None:
     async def scenario() -> None:
         counters, who = make(), tenant(tokens_per_minute=10, max_concurrent=1)
         for _ in range(20):
             with pytest.raises(ZeroDivisionError):
                 await failing(counters, who)
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
-def test_headers(make: Make) -> None:
+def test_headers(run: Run, make: Make) -> None:
     async def scenario() -> None:
         counters, who = make(), tenant(requests_per_minute=6, tokens_per_minute=600)
         async with Visit(counters, who) as visit:
@@ -137,7 +143,7 @@ def test_headers(make: Make) -> None:
             "x-ratelimit-remaining-tokens": "540",
         }
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_a_bucket_fills_steadily_and_is_never_overdrawn() -> None:

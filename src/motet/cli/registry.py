@@ -28,7 +28,7 @@ RegistryUrl = Annotated[
     typer.Option(
         "--registry",
         metavar="URL",
-        help="A folder or sqlite:///FILE. [default: $MOTET_REGISTRY, or the user's own]",
+        help="A folder, or the URL of a database. [default: $MOTET_REGISTRY, or the user's own]",
     ),
 ]
 Who = Annotated[str | None, typer.Option(help="For the audit log. [default: the login name]")]

@@ -125,7 +125,9 @@ def _catalog(
             raise ConfigError("a policy judges what is in a registry: name one with --registry")
         return Catalog(spec, name, model, bind, client)
     registry = Registry(server.registry)
-    judge = Judge(read_policy(Path(server.policy)), registry) if server.policy is not None else None
+    judge = None
+    if server.policy is not None:
+        judge = Judge(read_policy(Path(server.policy)), registry, metrics.audit_lost.inc)
     return RegistryCatalog(
         registry, cache_dir() / "copies", spec, name, model, bind, client, judge, metrics.forget
     )

@@ -72,7 +72,8 @@ class Artifacts:
             shutil.rmtree(folder, ignore_errors=True)  # not there any more if it was kept
 
     def keep(self, folder: Path, digest: str) -> None:
-        """Rename a staged folder to its place. What is there already stays, its signature too, unless it is damaged."""
+        """Rename a staged folder to its place; only `alone`. What is there already stays, its signature too, unless it
+        is damaged."""
         place = self.path(digest)
         if place.exists():
             if self.problem(digest) is None:
@@ -127,14 +128,18 @@ class Artifacts:
         found = _digest(sums)
         return None if found == digest else f"its files have digest {found}"
 
-    def sweep(self, wanted: Collection[str]) -> list[str]:
-        """Remove what no version needs and no writer holds; the names of what went. Only under the store's lock."""
-        if not self.root.exists():
-            return []
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else keeps or sweeps, until the block ends or this process dies."""
+        self.root.mkdir(parents=True, exist_ok=True)
         with _locked(self.root, fcntl.LOCK_EX):
-            gone = self.unwanted(wanted)
-            for name in gone:
-                self._discard(self.root / name)
+            yield
+
+    def sweep(self, wanted: Collection[str]) -> list[str]:
+        """Remove what no version needs and no writer holds; the names of what went. Only `alone`."""
+        gone = self.unwanted(wanted)
+        for name in gone:
+            self._discard(self.root / name)
         return gone
 
     def unwanted(self, wanted: Collection[str]) -> list[str]:

@@ -6,29 +6,26 @@ versions expire.
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from motet.errors import ModelNotFound, MotetError
+from motet.errors import ModelNotFound
 from motet.registry.policy import ANYBODY, Decision, Policy, PolicyDenied, decide, decide_base
 from motet.registry.records import Version
+from motet.registry.scribe import Scribe
 from motet.registry.signing import SignatureRefused, signers
 from motet.registry.store import Registry
-
-logger = logging.getLogger(__name__)
-MAX_NOTED = 10_000  # different refusals that the audit log is told of
 
 
 class Judge:
     """Decides by one policy and remembers whose signatures were good."""
 
-    def __init__(self, policy: Policy, registry: Registry) -> None:
+    def __init__(self, policy: Policy, registry: Registry, lost: Callable[[], object] = lambda: None) -> None:
+        """`lost` is called for each refusal that the registry's audit log could not be told of."""
         self.policy = policy
-        self._registry = registry
+        self._scribe = Scribe(registry, lost)
         self._signers: dict[str, frozenset[str]] = {}  # by version
-        self._noted: set[tuple[str, str]] = set()
 
     def check_base(self, digest: str) -> None:
         """Raise PolicyDenied unless this base may run."""
@@ -70,19 +67,6 @@ class Judge:
         raise PolicyDenied(f"{version.ref} may not be served: {'; '.join(decision.reasons)}")
 
     def note(self, version: Version, tenant: str | None, decision: Decision) -> None:
-        """Tell the audit log; of the same refusal only once, so that nobody can fill it by asking."""
+        """Tell the audit log; of the same refusal only once."""
         whom = "anybody" if tenant is ANYBODY else f"tenant {tenant!r}"
-        detail = f"to {whom}: {'; '.join(decision.reasons)}"
-        if (version.ref, detail) in self._noted or len(self._noted) >= MAX_NOTED:
-            return
-        self._noted.add((version.ref, detail))
-        logger.warning("denied %s %s", version.ref, detail)
-        # In a thread, because the event loop must not wait for the registry's lock.
-        threading.Thread(target=self._write, args=(version.ref, detail)).start()
-
-    def _write(self, ref: str, detail: str) -> None:
-        try:
-            self._registry.note("policy", "deny", ref, detail)
-        except MotetError as failure:
-            self._noted.discard((ref, detail))  # the next time
-            logger.error("the audit log was not told that %s was denied %s: %s", ref, detail, failure)
+        self._scribe.tell((version.ref, f"to {whom}: {'; '.join(decision.reasons)}"))

@@ -1,20 +1,23 @@
 """The registry: immutable versions of adapters, aliases that move between them, and a log of who did what.
 
 Files come first, rows second: a version's files are in place and synced before the transaction that names them
-commits, and files go only after no row names them. So whatever moment a process dies at, every row has its files.
+commits, and files go only after no row names them. So whatever moment a process dies at, every row has its files. Who
+keeps or removes files holds the folder's lock around the database's, because a connection may lose the latter.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy.engine import URL, make_url
 
 from motet.errors import AdapterConflict, ConfigError, InvalidRequest
 from motet.registry.artifacts import CONFIG, Artifacts
@@ -37,14 +40,16 @@ from motet.registry.tables import Database, aliases, audit, moves, versions
 
 
 class Registry:
-    """One registry: a SQLite database, and the artifacts beside it."""
+    """One registry: a database, and a folder of artifacts."""
 
     def __init__(self, url: str) -> None:
-        """`url` is sqlite:///FILE or a folder. Raises ConfigError."""
-        file = _file_of(url)
+        """`url` is a folder, sqlite:///FILE with the artifacts beside it, or
+        postgresql://USER@HOST/DATABASE?artifacts=FOLDER. Raises ConfigError.
+        """
+        database, artifacts = _places(url)
         self.url = url
-        self.artifacts = Artifacts(file.parent / "artifacts")
-        self._db = Database(file)
+        self.artifacts = Artifacts(artifacts)
+        self._db = Database(database)
 
     def close(self) -> None:
         self._db.close()
@@ -70,7 +75,8 @@ class Registry:
         """The audit log, newest first; of all that concerns one adapter, version or alias if one is named."""
         query = select(audit).order_by(audit.c.id.desc()).limit(last)
         if subject is not None:
-            inside = audit.c.subject.startswith(f"{subject}@", autoescape=True)
+            begin = f"{subject}@"  # compared as it is: SQLite's LIKE takes large for small letters
+            inside = func.substr(audit.c.subject, 1, len(begin)) == begin
             query = query.where((audit.c.subject == subject) | inside)
         with self._db.read() as db:
             return [Event(*row) for row in db.execute(query)]
@@ -86,10 +92,13 @@ class Registry:
         check_name(name)
         if label.org:
             check_word(label.org, "org")
+        for metric, number in label.metrics.items():
+            if not math.isfinite(number):
+                raise InvalidRequest(f"metric {metric[:100]!r} is {number}, which is no number", "metrics")
         with self.artifacts.staged(source) as (folder, artifact):
             facts = examine(folder)
             config = _config(folder)
-            with self._db.write() as db:
+            with self.artifacts.alone(), self._db.write() as db:
                 number = 1 + (
                     db.scalar(select(func.max(versions.c.number)).where(versions.c.name == name)) or 0
                 )
@@ -204,16 +213,17 @@ class Registry:
                 db.execute(delete(table).where((table.c.name == name) & (table.c.alias == which)))
             _log(db, who, "drop", old.ref, f"was {_points(old)}")
 
-    def note(self, who: str, action: str, subject: str, detail: str) -> None:
-        """Add to the audit log what changed nothing, such as a refusal."""
+    def note(self, who: str, action: str, notes: Iterable[tuple[str, str]]) -> None:
+        """Add to the audit log what changed nothing, such as refusals: of which subject, and what is to be said."""
         with self._db.write() as db:
-            _log(db, who, action, subject, detail)
+            for subject, detail in notes:
+                _log(db, who, action, subject, detail)
 
     # Housekeeping
 
     def collect(self, who: str) -> list[str]:
         """Remove the files that no version in use names, and what dead processes have left; the folders' names."""
-        with self._db.write() as db:  # held, so that no push comes between the look and the removal
+        with self.artifacts.alone(), self._db.write() as db:
             gone = self.artifacts.sweep(_wanted(db))
             if gone:
                 _log(db, who, "gc", "artifacts", f"{len(gone)} removed")
@@ -245,13 +255,24 @@ def default_url() -> str:
     return os.environ.get("MOTET_REGISTRY") or str(Path.home() / ".local" / "share" / "motet" / "registry")
 
 
-def _file_of(url: str) -> Path:
+def _places(url: str) -> tuple[URL, Path]:
+    """The database and the artifacts' folder."""
     if "://" not in url:
-        return Path(url).expanduser() / "registry.db"
+        folder = Path(url).expanduser()
+        return URL.create("sqlite", database=str(folder / "registry.db")), folder / "artifacts"
     parts = urlsplit(url)
-    if parts.scheme != "sqlite" or parts.netloc or len(parts.path) < 2 or parts.query:
-        raise ConfigError(f"registry {url!r} must be a folder or sqlite:///FILE")
-    return Path(unquote(parts.path[1:])).expanduser()
+    if parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1 and not parts.query:
+        file = Path(unquote(parts.path[1:])).expanduser()
+        return URL.create("sqlite", database=str(file)), file.parent / "artifacts"
+    if parts.scheme in ("postgresql", "postgresql+psycopg"):
+        database = make_url(url).set(drivername="postgresql+psycopg")
+        artifacts = database.query.get("artifacts")
+        if isinstance(artifacts, str):
+            return database.difference_update_query(["artifacts"]), Path(artifacts).expanduser()
+    raise ConfigError(
+        f"registry {parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()!r} must be a folder, "
+        "sqlite:///FILE or postgresql://USER@HOST/DATABASE?artifacts=FOLDER"
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -353,4 +374,10 @@ def _wanted(db: Connection) -> set[str]:
 
 
 def _log(db: Connection, who: str, action: str, subject: str, detail: str) -> None:
-    db.execute(insert(audit).values(at=time.time(), who=who, action=action, subject=subject, detail=detail))
+    row = {"who": who, "action": action, "subject": subject, "detail": detail}
+    db.execute(insert(audit).values(at=time.time(), **{key: _text(value) for key, value in row.items()}))
+
+
+def _text(value: str) -> str:
+    """What a database can keep of any string: a path's odd bytes and NUL are written out."""
+    return value.encode(errors="backslashreplace").decode().replace("\0", "\\0")

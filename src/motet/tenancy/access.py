@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 
 from motet.config import TenantPolicy
 from motet.errors import MotetError
@@ -106,7 +108,7 @@ class Guard:
         if self._read is None or self._clock() < self._until:
             return
         if self._reading is None:
-            self._reading = asyncio.ensure_future(asyncio.to_thread(self._read))
+            self._reading = _in_thread_of_its_own(self._read)
             self._asked = self._clock()
         reading = self._reading
         await asyncio.wait({reading}, timeout=READ_SECONDS)
@@ -130,3 +132,17 @@ class Guard:
         self._contents = contents
         self._locked = self._locked or bool(contents.keys)
         self._until = self._clock() + REFRESH_SECONDS
+
+
+def _in_thread_of_its_own(read: Callable[[], Contents]) -> asyncio.Future[Contents]:
+    """What `read` answers. If it never does, it keeps no thread from others' work and the process from no exit."""
+    answer = Future[Contents]()
+
+    def work() -> None:
+        try:
+            answer.set_result(read())
+        except BaseException as error:  # noqa: BLE001 - it is the answer
+            answer.set_exception(error)
+
+    threading.Thread(target=work, name="tenancy", daemon=True).start()
+    return asyncio.wrap_future(answer)

@@ -1,4 +1,8 @@
-"""Keys and tenants in a database: SQLite by default, PostgreSQL or another by its SQLAlchemy URL."""
+"""Keys and tenants in a database, SQLite or PostgreSQL, by its SQLAlchemy URL.
+
+Every statement that decides names one row, so no isolation but the databases' own is needed; two that make the same
+row at the same time are told by its key, and the later one begins again.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,17 @@ from contextlib import contextmanager
 
 import msgspec
 from sqlalchemy import Column, Connection, Float, MetaData, String, Table, Text, create_engine
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from motet.config import TenantPolicy
 from motet.errors import ConfigError, MotetError
 from motet.tenancy.keys import KeyRecord
 from motet.tenancy.tenants import check_tenant_name
 
+# A PostgreSQL that is cut off is noticed, unless the URL says others: seconds, of tcp_user_timeout milliseconds.
+_PSYCOPG = {"connect_timeout": "5", "keepalives_idle": "5", "keepalives_interval": "2", "keepalives_count": "3",
+            "tcp_user_timeout": "10000"}  # fmt: skip
 _metadata = MetaData()
 _keys = Table(
     "motet_keys",
@@ -62,19 +69,28 @@ class Store:
     def __init__(self, url: str) -> None:
         """Raises ConfigError for a URL that is none, or whose driver is not installed."""
         try:
-            self._engine = create_engine(url, pool_pre_ping=True)
-        except (ArgumentError, ImportError) as error:
+            place = make_url(url)
+            if place.get_driver_name() == "psycopg":
+                place = place.set(query={**_PSYCOPG, **place.query})
+            self._engine = create_engine(place, pool_pre_ping=True)
+        except ArgumentError as error:
             raise ConfigError(f"database: {error}") from error
-        with self._begin() as connection:
-            for table in _metadata.sorted_tables:  # another server may do so at the same time
-                connection.execute(CreateTable(table, if_not_exists=True))
+        except ImportError as error:
+            raise ConfigError(
+                f"database: {error}; PostgreSQL needs the extra: pip install 'motet[postgresql]'"
+            ) from error
+        with _told():
+            try:
+                _metadata.create_all(self._engine)
+            except DatabaseError:  # another server has just made the same table
+                _metadata.create_all(self._engine)
 
     def close(self) -> None:
         """Give the connections back."""
         self._engine.dispose()
 
     def read(self) -> Contents:
-        """Every key and every tenant."""
+        """Every key, then every tenant: so no key is seen without a policy that was there before it."""
         with self._begin() as connection:
             keys = connection.execute(_keys.select().order_by(_keys.c.created)).mappings().all()
             tenants = connection.execute(_tenants.select().order_by(_tenants.c.name)).mappings().all()
@@ -102,14 +118,30 @@ class Store:
         """Give a tenant this policy, whatever it had before. Raises ConfigError for a bad name."""
         check_tenant_name(name)
         text = msgspec.json.encode(policy).decode()
-        with self._begin() as connection:
-            connection.execute(_tenants.delete().where(_tenants.c.name == name))
-            connection.execute(_tenants.insert().values(name=name, policy=text))
+        with _told():
+            try:
+                self._put_tenant(name, text)
+            except IntegrityError:  # somebody else has just made the row
+                self._put_tenant(name, text)
+
+    def _put_tenant(self, name: str, policy: str) -> None:
+        with self._engine.begin() as connection:
+            changed = connection.execute(
+                _tenants.update().where(_tenants.c.name == name).values(policy=policy)
+            )
+            if not changed.rowcount:
+                connection.execute(_tenants.insert().values(name=name, policy=policy))
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            raise StoreUnavailable(f"database: {str(error).splitlines()[0]}") from error
+        with _told(), self._engine.begin() as connection:
+            yield connection
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The database's failures as ours."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(f"database: {str(error).splitlines()[0]}") from error
