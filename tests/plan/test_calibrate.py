@@ -13,12 +13,14 @@ from motet.plan.simulate import AdapterCost, Arrival, Replica, simulate
 from motet.scheduler.scheduler import SchedulerConfig
 from motet.types import KVGroup
 
-TRUE = StepCost(base=2e-3, row=1e-4, prompt=1.5e-5, prompt_lora=2e-6, adapter=1.5e-4, context=1e-8)
+TRUE = StepCost(
+    base=2e-3, row=1e-4, prompt=1.5e-5, prompt_lora=2e-6, adapter=1.5e-4, context=1e-8, row_lora=2e-5
+)
 
 
 def step(rows: int, context: int, prompt: int, adapters: int) -> StepPoint:
-    lora = prompt if adapters else 0
-    seconds = TRUE.seconds(rows, prompt, lora, adapters, rows * context + prompt)
+    row_lora, lora = (rows, prompt) if adapters else (0, 0)
+    seconds = TRUE.seconds(rows, row_lora, prompt, lora, adapters, rows * context + prompt)
     return StepPoint(1e3 * seconds, rows, context, prompt, adapters)
 
 
@@ -74,7 +76,8 @@ def test_closed_loops_tell_every_coefficient(ahead: bool) -> None:
     found = fit([], cases, {}, 2048, ahead)
     assert found.error < 0.005
     for rows, prompt, adapters in ((1, 0, 0), (16, 0, 3), (9, 0, 0), (4, 1000, 2), (0, 300, 1)):
-        terms = rows, prompt, prompt if adapters else 0, adapters, 800 * rows + prompt
+        lora = (rows, prompt) if adapters else (0, 0)
+        terms = rows, lora[0], prompt, lora[1], adapters, 800 * rows + prompt
         assert found.seconds(*terms) == pytest.approx(TRUE.seconds(*terms), rel=0.03)
 
 

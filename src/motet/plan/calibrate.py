@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from motet.errors import ConfigError
-from motet.plan.cost import TERMS, StepCost, Vector, solve
+from motet.plan.cost import TERMS, StepCost, Vector, solve, touched
 from motet.plan.simulate import AdapterCost, Arrival, Replica, Served, simulate
 from motet.scheduler.scheduler import SchedulerConfig
 from motet.types import KVGroup
@@ -54,9 +54,10 @@ def fit(
     given: Mapping[str, float],
     max_step_tokens: int,
     ahead: bool,
+    sparsity: float = 0.0,
 ) -> StepCost:
     """The coefficients that fit best; those `given`, in seconds, are not fitted. ConfigError if nothing can be."""
-    measured = [(_step(point), point.ms / 1e3) for point in steps]
+    measured = [(_step(point, sparsity), point.ms / 1e3) for point in steps]
     for case in cases:
         if (
             min(case.in_flight, case.requests, case.prompt, case.tpot_ms) <= 0
@@ -64,21 +65,22 @@ def fit(
             or case.adapters < 0
         ):
             raise ConfigError(f"a curve has a closed loop that cannot be: {case}")
-    cost = _guess(cases)
+    cost = msgspec.structs.replace(_guess(cases), sparsity=sparsity)
     for _ in range(ROUNDS if cases else 1):
         equations = [
             equation
             for case in cases
             for equation in _case(case, Replica(_engine(case, max_step_tokens), 1 << 20, cost, ahead))
         ]
-        cost = solve(measured + equations, given)
+        cost = solve(measured + equations, given, sparsity)
     return cost
 
 
-def _step(point: StepPoint) -> Vector:
-    lora = point.prompt if point.adapters else 0
+def _step(point: StepPoint, sparsity: float) -> Vector:
+    row_lora, lora = (point.rows, point.prompt) if point.adapters else (0, 0)
     context = point.rows * point.context + point.prompt
-    return np.array([1, point.rows, point.prompt, lora, point.adapters, context], float)
+    experts = touched(point.rows + point.prompt, sparsity)
+    return np.array([1, point.rows, row_lora, point.prompt, lora, point.adapters, context, experts], float)
 
 
 def _guess(cases: Sequence[CasePoint]) -> StepCost:
@@ -115,8 +117,12 @@ def _case(case: CasePoint, replica: Replica) -> list[tuple[Vector, float]]:
     first = [Arrival(0.0, name(i), case.prompt, max(1, case.output * (i + 1) // wave)) for i in range(wave)]
     adapters = {name(i): AdapterCost(1, 1.0, 0.0) for i in range(case.adapters)}
     outcome = simulate(replica, adapters, first, after)
+
+    def terms(rows: float, row_lora: float, prompt: float, *others: float) -> tuple[float, ...]:
+        return 1, rows, row_lora, prompt, *others, touched(rows + prompt, replica.cost.sparsity)
+
     ends = np.array([step[0] for step in outcome.steps])
-    sums = np.vstack([np.zeros(len(TERMS)), np.cumsum([(1, *step[1:]) for step in outcome.steps], axis=0)])
+    sums = np.vstack([np.zeros(len(TERMS)), np.cumsum([terms(*step[1:]) for step in outcome.steps], axis=0)])
 
     def until(time: float) -> Vector:
         """The sum of the terms of all steps that ended by then."""

@@ -24,6 +24,7 @@ LOAD_RATE = 3.4e9
 RANK = 16
 STEP_TOKENS = 2048
 """Of an engine on a GPU that is told nothing else."""
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _SHAPE = (
     "architectures", "num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size",
     "num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts", "num_experts_per_tok",
@@ -55,7 +56,13 @@ class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def cost(self) -> StepCost:
         """The coefficients that fit its points best."""
-        return fit(self.steps, self.cases, self.given, self.max_step_tokens, self.ahead)
+        return fit(self.steps, self.cases, self.given, self.max_step_tokens, self.ahead, self._sparsity)
+
+    @property
+    def _sparsity(self) -> float:
+        """The share of a layer's experts that a token does without."""
+        of = next((self.config[name] for name in _EXPERTS if self.config.get(name)), 0)
+        return 1 - self.config["num_experts_per_tok"] / of if of else 0.0
 
     @property
     def most_rows(self) -> int:

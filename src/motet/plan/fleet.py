@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from motet.errors import ConfigError, MotetError
-from motet.plan.cost import StepCost
+from motet.plan.cost import StepCost, touched
 from motet.plan.curve import Curve
 from motet.plan.gpus import Gpu, find_gpu
 from motet.plan.simulate import AdapterCost, Arrival, Outcome, Replica, Served, percentile, simulate
@@ -149,7 +149,8 @@ class Capacity:
 def _seconds(cost: StepCost, one: FineTune, rows: float) -> float:
     """A request's share of steps with so many rows."""
     context = one.prompt + one.output / 2
-    return one.prompt * cost.prompt + one.output * (cost.base / rows + cost.row + cost.context * context)
+    shared = cost.base + cost.experts * touched(rows, cost.sparsity)
+    return one.prompt * cost.prompt + one.output * (shared / rows + cost.row + cost.context * context)
 
 
 def capacity(fleet: Fleet, mix: Sequence[FineTune], shared: bool, slo: Slo) -> Capacity:

@@ -68,8 +68,9 @@ class Served:
         return (self.arrival.output - 1) / span if span > 0 else math.inf
 
 
-StepTaken = tuple[float, int, int, int, float, int]
-"""When a step ended, and what was in it: rows, prompt tokens, those with an adapter, adapters by weight, context."""
+StepTaken = tuple[float, int, int, int, int, float, int]
+"""When a step ended, and what was in it: rows and prompt tokens, of each those with an adapter, adapters by weight,
+context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +251,7 @@ class _Run:
 
     def _execute(self, plan: Plan, start: float) -> float:
         """When the step ends."""
-        rows = prompt = lora = context = 0
+        rows = row_lora = prompt = lora = context = 0
         used = set()
         for chunk in plan.chunks:
             size = len(chunk.tokens)
@@ -258,6 +259,7 @@ class _Run:
             context += chunk.start + size
             if size == 1:
                 rows += 1
+                row_lora += chunk.adapter != BASE
             else:
                 prompt += size
                 lora += size if chunk.adapter != BASE else 0
@@ -266,8 +268,8 @@ class _Run:
             stats = self.scheduler.stats()
             tally.kv_pages = max(tally.kv_pages, stats.kv_pages)
             tally.adapter_pages = max(tally.adapter_pages, stats.adapter_pages)
-        seconds = self.replica.cost.seconds(rows, prompt, lora, weight, context)
-        tally.steps.append((start + seconds, rows, prompt, lora, weight, context))
+        seconds = self.replica.cost.seconds(rows, row_lora, prompt, lora, weight, context)
+        tally.steps.append((start + seconds, rows, row_lora, prompt, lora, weight, context))
         tally.rows += len(plan.chunks)
         tally.busy += seconds
         return start + seconds
