@@ -103,7 +103,9 @@ def test_a_model_finds_the_curve_of_its_shape() -> None:
 def test_shipped_curves_are_fitted_well_and_cost_what_they_should(name: str) -> None:
     curve = shipped_curves()[name]
     cost = curve.cost
-    assert cost.error < (0.06 if len(curve.steps) > 30 else 0.01)  # a few coefficients for many points, or for as many
+    assert cost.error < (
+        0.06 if len(curve.steps) > 30 else 0.01
+    )  # a few coefficients for many points, or for as many
     assert min(cost.base, cost.prompt, cost.prompt_lora, cost.adapter, cost.row) > 0
 
 
