@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -339,12 +340,28 @@ def test_errors_are_one_line(
         assert message in refused(monkeypatch, capsys, *arguments)
 
 
-def serve(home: Path, *options: object) -> subprocess.Popen[str]:
+@contextmanager
+def serve(home: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+    """A server in a process group of its own, of which nothing is left afterwards."""
     command = [sys.executable, "-m", "motet.cli.main", "serve", home / "model", "--threads", 1, *options]
     environment = {**os.environ, "MOTET_CACHE": str(home / "cache")}
-    return subprocess.Popen(
+    with subprocess.Popen(
         list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def engine_of(process: subprocess.Popen[str]) -> int | None:
+    """The engine's pid, once it is in a session of its own; there may be other children before."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in map(int, children):
+        with suppress(OSError):  # gone since
+            if b"motet.engine.process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child if os.getsid(child) == child else None
+    return None
 
 
 def test_serve_does_not_start_without_an_adapter_that_it_was_to_serve(home: Path) -> None:
@@ -371,10 +388,8 @@ def test_serve_on_a_port_that_is_taken(home: Path) -> None:
 
 def test_ctrl_c_while_the_engine_starts(home: Path) -> None:
     with serve(home, "--port", 0) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        until(lambda: bool(children.read_text()), 120)
-        engine = int(children.read_text())
-        until(lambda: os.getsid(engine) == engine)
+        until(lambda: engine_of(process) is not None, 120)
+        engine = engine_of(process)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=120)
     assert process.returncode in (0, 130), "130 is the shell's word for it, before the server listens"
