@@ -342,12 +342,14 @@ def test_errors_are_one_line(
 
 @contextmanager
 def serve(home: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
-    """A server in a process group of its own, of which nothing is left afterwards."""
+    """A server in a process group of its own, of which nothing is left afterwards. It takes Ctrl-C as one at a terminal
+    does, also where tests run in the background, whose processes inherit that it is ignored."""
     command = [sys.executable, "-m", "motet.cli.main", "serve", home / "model", "--threads", 1, *options]
     environment = {**os.environ, "MOTET_CACHE": str(home / "cache")}
     with subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    ) as process:
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         try:
             yield process
         finally:
