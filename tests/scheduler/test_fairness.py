@@ -11,6 +11,7 @@ from motet.scheduler.blocks import KVLayout
 from motet.scheduler.cost import ADAPTER_PRICE, LOAD_PRICE, OUTPUT_PRICE, load_cost, progress_cost
 from motet.scheduler.fairness import Counters, Ledger, Space, Standings, Want, who_gives_way, youngest
 from motet.scheduler.sequence import SequenceState
+from motet.scheduler.stage import CREDIT_STEPS
 from motet.types import BASE, Account, Request, SamplingParams
 from tests.scheduler.driver import FULL, Driver
 
@@ -77,6 +78,27 @@ def test_leaving_and_coming_back_neither_saves_up_turns_nor_clears_a_debt() -> N
         4.0,
         50.0,
     )
+
+
+def test_what_was_not_asked_for_may_be_had_later_up_to_the_credit() -> None:
+    counters = Counters(credit=10.0)
+    for name, cost in (("quiet", 5.0), ("away", 0.0), ("busy", 12.0), ("greedy", 50.0)):
+        counters.enter(name)
+        counters.charge(name, cost)
+    counters.settle()
+    for name in ("quiet", "away", "greedy"):
+        counters.leave(name)
+    for name in ("quiet", "away", "greedy", "new"):
+        counters.enter(name)
+    assert counters.settled == {"quiet": 5.0, "away": 2.0, "busy": 12.0, "greedy": 50.0, "new": 2.0}
+    counters.charge("busy", 100.0)
+    counters.settle()
+    counters.enter("newer")
+    assert counters.settled["newer"] == 2.0, "whoever spends a credit does not make those of others larger"
+    for name in ("quiet", "away", "new", "newer"):
+        counters.leave(name)
+    counters.enter("new")
+    assert counters.settled["new"] == 40.0, "of those who are there greedy is the lowest"
 
 
 def test_who_has_several_requests_leaves_with_the_last() -> None:
@@ -329,7 +351,7 @@ def test_the_service_gap_of_two_tenants_that_always_wait_is_bounded(seed: int) -
     step_cost = (rows + (OUTPUT_PRICE - 1) * places) * dearest
     answers = places * longest_answer * OUTPUT_PRICE * dearest
     weight = min(account.weight for account in accounts)
-    bound = 2 * (step_cost + answers) / weight
+    bound = 2 * (step_cost + answers) / weight + CREDIT_STEPS * rows
     assert max(high - low for low, high in extremes.values()) <= bound
     assert max(served.values()) > 3 * bound, "what is bounded would be larger by chance"
 

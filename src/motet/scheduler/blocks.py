@@ -32,6 +32,7 @@ class KVLayout:
         self.no_blocks: Tables = ((),) * len(groups)
         self.bounded = tuple(bool(group.window or group.chunk) for group in groups)
         self.bounded_groups = tuple(index for index, bounded in enumerate(self.bounded) if bounded)
+        self.max_step_tokens = max_step_tokens
         self.step_bounds = tuple(self._bound(group, max_step_tokens) for group in groups)
         self.decode_bounds = tuple(self._bound(group, 1) for group in groups)
 

@@ -9,11 +9,16 @@ all of them are one flow in the order of arrival, as are those of one tenant wit
 Bound on the service gap. While two tenants of a class both have a request that waits for its turn or a place, and not
 for pages or a copy, what they are served in any interval, divided by their weights, differs by at most
 
-    2 · (S + R) / the lower weight,
+    2 · (S + R) / the lower weight + C,
 
-S being the most that a step can cost and R what the sequences that run at a time may still cost. For a tenant is given
-prompt tokens only while its counter is the lowest of these; a step's charges count from the next step on (S), and who
-runs is decoded to the end whatever its counter (R).
+S being the most that a step can cost, R what the sequences that run at a time may still cost, and C the credit below.
+For a tenant is given prompt tokens only while its counter is the lowest of these; a step's charges count from the next
+step on (S), and who runs is decoded to the end whatever its counter (R).
+
+Credit. Who was away comes back with the counter that it left with, or C less than the lowest of those who are there:
+what it did not ask for it may have later, up to C. (The lowest, once reached, does not fall: newcomers do not pull each
+other down.) Without that, a tenant that asks for little shares the steps of a prompt with those who always ask: with
+prompts of four steps its p95 time to first token was 1.8 to 2.9 times that of being alone.
 
 Space. When a request in its turn lacks a place or pages, sequences of lower classes give way, then those of tenants
 whose turn is later and that hold more than it would: of the tenant with the largest dominant share (Ghodsi et al.,
@@ -40,12 +45,14 @@ _REMEMBERED = 256  # counters of those who left that are not worth a clean-up
 class Counters:
     """Virtual token counters by name, of those who have work ("active") and of those ahead of them who left.
 
-    What is charged counts after `settle`, in `settled`. Whoever becomes active is lifted to the lowest counter of the
-    active ones: nobody saves up turns by being away. Charges of the last step do not count in this, as the newcomer had
-    no part in it; so it comes before those who were served in it.
+    What is charged counts after `settle`, in `settled`. Whoever becomes active is lifted to `credit` less than the
+    lowest counter of the active ones: nobody saves up more turns by being away. Charges of the last step do not count
+    in this, as the newcomer had no part in it; so it comes before those who were served in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, credit: float = 0.0) -> None:
+        self._credit = credit
+        self._time = 0.0
         self.settled: dict[str, float] = {}
         self._active: dict[str, int] = {}
         self._pending: dict[str, float] = {}
@@ -80,7 +87,9 @@ class Counters:
         self._pending.clear()
 
     def _level(self) -> float:
-        return min((self.settled[name] for name in self._active), default=0.0)
+        """What newcomers are lifted to. It never falls: their credit is not behind that of others."""
+        self._time = max(self._time, min((self.settled[name] for name in self._active), default=0.0))
+        return self._time - self._credit
 
     def _forget(self) -> None:
         """Those who are gone and would be lifted anyway."""
@@ -96,15 +105,16 @@ class Counters:
 class _Class:
     """A priority class: its tenants, and the adapters of those tenants that are told apart."""
 
-    tenants: Counters = field(default_factory=Counters)
+    tenants: Counters
     adapters: dict[str, Counters] = field(default_factory=dict)
 
 
 class Ledger:
-    """The counters of all classes."""
+    """The counters of all classes; `credit` is that of tenants."""
 
-    def __init__(self) -> None:
+    def __init__(self, credit: float = 0.0) -> None:
         self._classes: dict[int, _Class] = {}
+        self._credit = credit
 
     @property
     def has_rivals(self) -> bool:
@@ -114,7 +124,7 @@ class Ledger:
     def enter(self, seq: SequenceState) -> None:
         """A request came."""
         account = seq.request.account
-        found = self._classes.setdefault(account.priority, _Class())
+        found = self._classes.setdefault(account.priority, _Class(Counters(self._credit)))
         found.tenants.enter(account.tenant)
         if account.tenant:
             found.adapters.setdefault(account.tenant, Counters()).enter(seq.adapter)

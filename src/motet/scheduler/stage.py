@@ -21,6 +21,10 @@ WAYS = 8  # tenants for which a step looks in vain who must give way: a search t
 MAX_PINNED_SHARE = 0.5  # of the pool's pages: the rest must do for KV cache and all other adapters
 
 
+CREDIT_STEPS = 8
+"""The cost of so many steps of prompts a tenant may be ahead of others when it comes back."""
+
+
 class Stage:
     """The sequences in flight and the pool that they share.
 
@@ -40,7 +44,7 @@ class Stage:
         self.layout = layout
         self.space = Space(max_running, num_pages)
         self.room = Room(num_pages, layout.groups, layout.page_tokens, slots)
-        self.ledger = Ledger()
+        self.ledger = Ledger(CREDIT_STEPS * layout.max_step_tokens)
         self.copies = Ledger()
         self.waiting = WaitingQueue(self.ledger.turn, self.copies.turn)
         self.running: list[SequenceState] = []  # by seniority
