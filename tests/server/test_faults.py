@@ -126,7 +126,9 @@ def test_case_22_five_hundred_clients_leave() -> None:
             await asyncio.gather(*(leave(address, number) for number in range(50)))
         await until(lambda: generator.running == 0 and house.app.state.lifecycle.in_flight == 0, 20)
         assert len(generator.aborted) == len(generator.calls)
-        assert len(generator.calls) >= 80, "those who read the beginning of their answer; others may leave before theirs"
+        assert len(generator.calls) >= 80, (
+            "those who read the beginning of an answer; others may leave before"
+        )
         yielded = generator.yielded
         await asyncio.sleep(0.2)
         assert generator.yielded == yielded, "nobody's work goes on"
