@@ -29,8 +29,6 @@ from motet.types import BASE, Request, SamplingParams
 
 MANY, ZIPF = 64, 128
 """Different adapters of the cases of these names."""
-LOAD_SECONDS = 0.1
-"""After so long a step is tried although no load has ended: one may have, just before this was waited for."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -177,9 +175,9 @@ class _Run:
         return _result(name, case, self._clock, skipped, self._cold, time.perf_counter() - began)
 
     def _step(self) -> None:
-        self._loaded.clear()
         if self._engine.must_wait:
-            self._loaded.wait(LOAD_SECONDS)
+            self._loaded.wait()
+        self._loaded.clear()  # before the step, which takes in what has ended by now
         for output in self._engine.step():
             if output.error is not None:
                 raise RuntimeError(f"{output.request_id}: {output.error}")

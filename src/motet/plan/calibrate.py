@@ -79,8 +79,12 @@ def fit(
 def _step(point: StepPoint, sparsity: float) -> Vector:
     row_lora, lora = (point.rows, point.prompt) if point.adapters else (0, 0)
     context = point.rows * point.context + point.prompt
-    experts = touched(point.rows + point.prompt, sparsity)
-    return np.array([1, point.rows, row_lora, point.prompt, lora, point.adapters, context, experts], float)
+    return _terms(sparsity, point.rows, row_lora, point.prompt, lora, point.adapters, context)
+
+
+def _terms(sparsity: float, rows: float, row_lora: float, prompt: float, *others: float) -> Vector:
+    """What is in a step, in the order of TERMS."""
+    return np.array([1, rows, row_lora, prompt, *others, touched(rows + prompt, sparsity)], float)
 
 
 def _guess(cases: Sequence[CasePoint]) -> StepCost:
@@ -118,11 +122,13 @@ def _case(case: CasePoint, replica: Replica) -> list[tuple[Vector, float]]:
     adapters = {name(i): AdapterCost(1, 1.0, 0.0) for i in range(case.adapters)}
     outcome = simulate(replica, adapters, first, after)
 
-    def terms(rows: float, row_lora: float, prompt: float, *others: float) -> tuple[float, ...]:
-        return 1, rows, row_lora, prompt, *others, touched(rows + prompt, replica.cost.sparsity)
-
     ends = np.array([step[0] for step in outcome.steps])
-    sums = np.vstack([np.zeros(len(TERMS)), np.cumsum([terms(*step[1:]) for step in outcome.steps], axis=0)])
+    sums = np.vstack(
+        [
+            np.zeros(len(TERMS)),
+            np.cumsum([_terms(replica.cost.sparsity, *step[1:]) for step in outcome.steps], axis=0),
+        ]
+    )
 
     def until(time: float) -> Vector:
         """The sum of the terms of all steps that ended by then."""
