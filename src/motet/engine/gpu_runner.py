@@ -7,6 +7,7 @@ the other on the device. Launch by launch, a prompt of 100 tokens took 29 ms of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from motet.engine.gpu_sampler import GpuSampler
 from motet.engine.gpu_shapes import BUCKETS, Step, bucket, cut, prompt_sizes
 from motet.engine.sampler import Draw, Drawn, SamplingRow
 from motet.engine.staging import Staging
+from motet.kernels.gpu.jit import compile_only
 from motet.layers.decoder import Decoder
 from motet.layers.gpu import GpuBatch
 from motet.memory.pool import Pool
@@ -26,6 +28,9 @@ from motet.types import Chunk, Plan, SamplingParams
 Key = tuple[bool, int, bool, frozenset[int]]
 """What graphs are captured for: steps with prompts or of single tokens; rows; with adapters; all or none of
 the rare sites left out."""
+
+LAYERS = 4
+"""Layers among which there is one of each kind: of what the others launch, nothing is compiled for the first time."""
 
 
 class GpuRunner:
@@ -114,14 +119,7 @@ class GpuRunner:
     def _captured(self, key: Key) -> torch.cuda.CUDAGraph:
         """The graph for such steps, captured when it is first wanted."""
         if key not in self._graphs:
-            prompts, size, with_lora, idle = key
-            # All padding: what runs here must not write to anybody's pages.
-            if prompts:
-                self._fill_prompts(size, self._builder.arrange([]))
-                batch = self._builder.prompt_batch(self._prompts, size, with_lora, idle, self._pdl)
-            else:
-                self._fill_single(size, [])
-                batch = self._builder.decode_batch(self._staging[size], with_lora, idle, self._pdl)
+            batch = self._padding(key)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -135,6 +133,15 @@ class GpuRunner:
             self.graph_captures += 1
         return self._graphs[key]
 
+    def _padding(self, key: Key) -> GpuBatch:
+        """Such a step with nothing in it: what runs for its graph's sake must not write to anybody's pages."""
+        prompts, size, with_lora, idle = key
+        if prompts:
+            self._fill_prompts(size, self._builder.arrange([]))
+            return self._builder.prompt_batch(self._prompts, size, with_lora, idle, self._pdl)
+        self._fill_single(size, [])
+        return self._builder.decode_batch(self._staging[size], with_lora, idle, self._pdl)
+
     def _run(self, batch: GpuBatch) -> None:
         """Compute a step and leave its logits where all graphs do."""
         self._logits[: len(batch.logit_rows)] = self.decoder(batch)
@@ -147,14 +154,22 @@ class GpuRunner:
         Then sample with and without truncation: from now on nothing is compiled.
         """
         single = [size for size in BUCKETS if size <= self._largest]
-        for prompts, sizes in ((True, self._sizes), (False, single)):
-            for size in reversed(sizes):
-                for with_lora, idle in (
-                    (True, frozenset()),
-                    (True, self._builder.rare),
-                    (False, frozenset()),
-                ):
-                    self._captured((prompts, size, with_lora, idle))
+        keys: list[Key] = [
+            (prompts, size, with_lora, idle)
+            for prompts, sizes in ((True, self._sizes), (False, single))
+            for size in reversed(sizes)
+            for with_lora, idle in ((True, frozenset()), (True, self._builder.rare), (False, frozenset()))
+        ]
+        with compile_only():
+            kinds = replace(self.decoder, layers=self.decoder.layers[:LAYERS])
+            for key in keys:
+                kinds(self._padding(key))
+            self._sample_once()
+        for key in keys:
+            self._captured(key)
+        self._sample_once()
+        torch.cuda.synchronize()
+
+    def _sample_once(self) -> None:
         for params in (SamplingParams(), SamplingParams(top_k=2)):
             self._sampler.draw(self._logits[:1], [SamplingRow(0, params, (), 0, 0, ())]).result()
-        torch.cuda.synchronize()

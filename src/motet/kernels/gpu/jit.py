@@ -6,7 +6,10 @@ run on the CPU, one program after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 try:
@@ -42,6 +45,41 @@ def launch_options(pdl: bool) -> dict[str, bool]:
     return {"PDL": pdl, "launch_pdl": pdl}
 
 
+@contextmanager
+def compile_only(threads: int | None = None) -> Iterator[None]:
+    """Within, launches compile their kernel and do nothing else; what was asked for is there at the end.
+
+    Most of a compilation runs outside Python's lock, so several go on at once, by default one per core.
+    """
+    function = triton.JITFunction
+    launch = function.run
+    asked = set()
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        del warmup
+        key = (self, *map(_seen, args), *((name, _seen(value)) for name, value in options.items()))
+        if key not in asked:  # to find out what a launch would be compiled to takes Triton half a millisecond
+            asked.add(key)
+            launch(self, *args, grid=grid, warmup=True, **options)
+
+    function.run = compiled
+    try:
+        with (
+            ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool,
+            triton.AsyncCompileMode(pool),
+        ):
+            yield
+    finally:
+        function.run = launch
+
+
+def _seen(argument: Any) -> Any:
+    """What a compiler sees of an argument, or more."""
+    if hasattr(argument, "data_ptr"):
+        return argument.dtype, argument.data_ptr() % 16
+    return type(argument), argument
+
+
 class _Missing:
     """Stands for a kernel that cannot be compiled here."""
 
@@ -52,4 +90,4 @@ class _Missing:
         raise RuntimeError(f"{self._name} needs Triton, which is not installed")
 
 
-__all__ = ["HAVE_TRITON", "kernel", "launch_options", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "compile_only", "kernel", "launch_options", "tl", "triton"]
