@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from motet.adapters import image as images
 from motet.adapters.checkpoint import Checkpoint, LoraFactors, load_checkpoint
-from motet.adapters.image import AdapterImage, chunk_factors, open_image, pack, unpack, write_image
+from motet.adapters.image import (
+    AdapterImage,
+    chunk_factors,
+    open_image,
+    pack,
+    pages_by_layer,
+    unpack,
+    write_image,
+)
 from motet.adapters.peft_config import parse_config
 from motet.errors import AdapterRefused, MotetError
 from motet.kernels import lora
@@ -91,6 +99,27 @@ def test_mixed_dtypes() -> None:
     image = pack(checkpoint, 2048)
     check(image, checkpoint)
     assert set(image.chunks.dtype) == {lora.BFLOAT16, lora.FLOAT32}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(2, 70), st.integers(2, 70), st.integers(1, 40)), min_size=1, max_size=12
+    ),
+    layers=st.lists(st.integers(-1, 4), min_size=27, max_size=27),
+    size=st.sampled_from([320, 1600]),
+)
+def test_a_layer_is_there_with_its_last_page(shapes: list[Shape], layers: list[int], size: int) -> None:
+    """With sites in any order: run by run, the embedding (-1) in the first of four layers, the head (4) in the last."""
+    image = pack(checkpoint_of(shapes), size)
+    found = pages_by_layer(image.chunks, np.array(layers), 4)
+    chunks, most = image.chunks, 0
+    for layer in range(4):
+        for site, *pages in zip(chunks.site, chunks.a_page, chunks.b_page, strict=True):
+            if min(max(layers[site], 0), 3) == layer:
+                most = max(most, *(int(page) + 1 for page in pages))
+        assert found[layer] == most
+    assert found[-1] == image.num_pages
 
 
 @pytest.mark.parametrize("size", [512, 4096, 1 << 20])

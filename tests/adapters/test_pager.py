@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from motet.adapters.host import HostTier
-from motet.adapters.image import AdapterImage, write_image
+from motet.adapters.image import AdapterImage, pages_by_layer, write_image
 from motet.adapters.pager import ImageFile, LoadResult, Pager
-from motet.memory.pool import Pool, page_bytes
+from motet.memory.pool import Copies, Pool, page_bytes
 from motet.types import Load
 from tests.adapters.bases import base
 from tests.adapters.test_store import image_of
@@ -26,9 +27,9 @@ SIZE = page_bytes(SPEC, 4)
 class Desk:
     """A pager, a pool of 200 pages, images on disk."""
 
-    def __init__(self, folder: Path, host: HostTier | None) -> None:
+    def __init__(self, folder: Path, host: HostTier | None, pool: Pool | None = None) -> None:
         self.folder = folder
-        self.pool = Pool(SPEC, 200 * SIZE, 4)
+        self.pool = pool or Pool(SPEC, 200 * SIZE, 4)
         self.ended = threading.Semaphore(0)
         self.pager = Pager(self.pool, host, self.ended.release)
         self.next_page = 0
@@ -163,6 +164,98 @@ def test_a_failure_nobody_thought_of_ends_its_load_only(
         assert not desk.was_missing, "another image would not help"
     assert "could not be loaded" in caplog.text
     assert desk.load(1, file) is None
+
+
+class Copying:
+    """Copies under way, as an event tells of them."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def synchronize(self) -> None:
+        assert self.over.wait(timeout=10)
+
+
+class SlowPool(Pool):
+    """A pool that is filled when a test says so, from what lies in the sources then."""
+
+    def __init__(self) -> None:
+        super().__init__(SPEC, 200 * SIZE, 4)
+        self.begun: list[Copying] = []
+        self.parts: Sequence[int] = ()
+        self._todo: list[tuple[Any, ...]] = []
+
+    def fill(self, pages: Any, content: Any, after: Any = None, parts: Sequence[int] = ()) -> Copies:
+        assert after is None
+        copying, self.parts = Copying(), parts
+        self.begun.append(copying)
+        self._todo.append((pages, content))
+        return cast("Copies", (Copying(), copying))
+
+    def end(self) -> None:
+        """What was begun first is copied."""
+        super().fill(*self._todo.pop(0))
+        self.begun[-1 - len(self._todo)].over.set()
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[tuple[Desk, SlowPool]]:
+    """With room for one image in the host tier."""
+    pool = SlowPool()
+    desk = Desk(tmp_path, HostTier(image_of(1, page=SIZE).num_pages * SIZE, SIZE, pinned=False), pool)
+    yield desk, pool
+    for copying in pool.begun:
+        copying.over.set()
+    desk.pager.close()
+
+
+def test_a_load_is_finished_when_its_copies_are_enqueued(slow: tuple[Desk, SlowPool]) -> None:
+    desk, pool = slow
+    pages = desk.begin(1, desk.write(1))
+    result = desk.end()
+    image = image_of(1, page=SIZE)
+    assert result.error is None
+    assert cast("Any", result.copies[-1]) is pool.begun[0]
+    assert not pool.begun[0].over.is_set()
+    assert not desk.holds(pages, image)
+    assert pool.parts == pages_by_layer(image.chunks, np.array([s.layer for s in SPEC.sites]), 1)
+    time.sleep(0.05)
+    assert desk.pager.load_seconds == 0
+    pool.end()
+    desk.pager.close()
+    assert desk.pager.load_seconds >= 0.05
+    assert desk.holds(pages, image)
+
+
+def test_the_next_load_begins_when_the_copies_of_the_last_are_over(slow: tuple[Desk, SlowPool]) -> None:
+    """Its image takes the other's place in memory, which is still being read; so does one that was forgotten."""
+    desk, pool = slow
+    files = {number: desk.write(number) for number in (1, 2, 3)}
+    pages = {1: desk.begin(1, files[1])}
+    assert desk.end().error is None
+    for number in (2, 3):
+        pages[number] = desk.begin(number, files[number])
+        desk.pager.forget(image_of(number - 1).digest)
+    for number in (1, 2, 3):
+        assert not desk.ended.acquire(timeout=0.05)
+        assert len(pool.begun) == number
+        pool.end()
+        assert desk.holds(pages[number], image_of(number, page=SIZE))
+        if number < 3:
+            assert desk.end().error is None
+
+
+def test_copies_are_over_when_the_pager_is_closed(slow: tuple[Desk, SlowPool]) -> None:
+    desk, pool = slow
+    desk.begin(1, desk.write(1))
+    assert desk.end().error is None
+    closing = threading.Thread(target=desk.pager.close)
+    closing.start()
+    closing.join(timeout=0.05)
+    assert closing.is_alive()
+    pool.end()
+    closing.join(timeout=10)
+    assert not closing.is_alive()
 
 
 def test_forgetting_what_is_not_there_changes_nothing(desk: Desk) -> None:

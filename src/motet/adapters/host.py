@@ -5,7 +5,7 @@ waits while memory is pinned, and torch keeps what it once pinned, in powers of 
 slabs of pages, and images lie in any pages of them. On a CPU slabs are taken as they are needed, and there is rarely
 need of any: the page cache holds what was read.
 
-Belongs to the pager's thread; others may look at `stats`.
+Belongs to the pager's thread, which writes nothing here while a device reads; others may look at `stats`.
 """
 
 from __future__ import annotations

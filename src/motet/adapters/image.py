@@ -116,6 +116,17 @@ class AdapterImage:
         return 1 - self.used_bytes / self.size_bytes
 
 
+def pages_by_layer(chunks: ChunkTable, layer_of: NDArray[np.int64], num_layers: int) -> tuple[int, ...]:
+    """For each layer, how many of the first pages hold everything of it and of the layers before.
+
+    `layer_of` [sites] is each site's layer; the embedding counts as the first one's, the head as the last one's.
+    """
+    needed = np.zeros(num_layers, np.int64)
+    layer = np.clip(layer_of[chunks.site], 0, num_layers - 1)
+    np.maximum.at(needed, layer, np.maximum(chunks.a_page, chunks.b_page) + 1)
+    return tuple(np.maximum.accumulate(needed).tolist())
+
+
 def _runs(chunks: ChunkTable) -> list[tuple[int, int, int]]:
     """(page, offset, bytes) of every A and Bt."""
     row = np.where(chunks.dtype == BFLOAT16, 2, 4) * chunks.rank.astype(np.int64)

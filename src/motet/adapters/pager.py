@@ -4,6 +4,10 @@ A copy fills pages that nothing else owns, so it needs no lock against the runni
 GIL released. On a GPU it begins when the steps launched before it have ended, which may still read what was there.
 Finished loads are collected by the loop between two steps.
 
+On a GPU a load is finished when all its copies have been enqueued, layer by layer: a prefill may begin then, and waits
+in each layer for what it needs. The next load begins when they are over. So a step waits for the copies of one load at
+most, however many have been asked for, and what copies read, in the host tier, is written to only after them.
+
 A load that fails has changed nothing but the pages that it was given. One that finds its image gone from the disk, or
 damaged there, says so: the image can be made again, and the adapter loaded then.
 """
@@ -14,15 +18,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from motet.adapters.host import HostImage, HostTier
-from motet.adapters.image import AdapterImage, ChunkTable
+from motet.adapters.image import AdapterImage, ChunkTable, pages_by_layer
 from motet.adapters.store import Identity, identity, reading
 from motet.errors import MotetError
-from motet.memory.pool import Mark, Pool
+from motet.memory.pool import Copies, Mark, Pool
 from motet.types import Load, TierStats
 
 logger = logging.getLogger(__name__)
@@ -44,15 +52,16 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A finished load: the chunks that now lie in `load.pages`, or why it failed. `seconds` is what the copy took.
+    """A finished load: the chunks that now lie in `load.pages`, or why it failed.
 
-    With `is_missing` there is no image, or not the right one; nothing was written.
+    Those of layer l are there when `copies[l]` is over; without copies all of them are. With `is_missing` there is no
+    image, or not the right one; nothing was written.
     """
 
     load: Load
     chunks: ChunkTable | None
-    error: str | None
-    seconds: float
+    copies: Copies = ()
+    error: str | None = None
     is_missing: bool = False
 
 
@@ -67,11 +76,14 @@ class Pager:
     """One thread that serves loads in the order they were planned."""
 
     def __init__(self, pool: Pool, host: HostTier | None, on_finished: Callable[[], None]) -> None:
-        """`on_finished` is called from the pager's thread."""
+        """`on_finished` is called from the pager's thread. `load_seconds` is what all loads took together, each until
+        its last page was in the pool."""
         self._pool = pool
         self._host = host
         self._on_finished = on_finished
+        self._layer_of = np.array([site.layer for site in pool.spec.sites])
         self._under_way = 0
+        self.load_seconds = 0.0
         self._disk_hits = 0
         self._host_loads = 0
         self._host_seconds = 0.0
@@ -110,7 +122,7 @@ class Pager:
         return tiers
 
     def close(self) -> None:
-        """End the thread after the loads that are queued."""
+        """End the thread after the loads that are queued and their copies."""
         self._todo.put(None)
         self._thread.join()
 
@@ -122,16 +134,20 @@ class Pager:
                 continue
             began = time.monotonic()
             try:
-                chunks = self._copy(job)
+                result = self._copy(job)
             except (MotetError, OSError, ValueError) as failure:
-                self._finish(job, None, str(failure), is_missing=True)
+                result = LoadResult(job.load, None, error=str(failure), is_missing=True)
             except Exception as failure:  # no memory on the device, or a bug: its requests end
                 logger.exception("an adapter could not be loaded")
-                self._finish(job, None, f"{type(failure).__name__}: {failure}")
-            else:
-                self._finish(job, chunks, seconds=time.monotonic() - began)
+                result = LoadResult(job.load, None, error=f"{type(failure).__name__}: {failure}")
+            self._done.put(result)
+            self._on_finished()
+            for last in result.copies[-1:]:
+                last.synchronize()
+            if result.error is None:
+                self.load_seconds += time.monotonic() - began
 
-    def _copy(self, job: _Job) -> ChunkTable:
+    def _copy(self, job: _Job) -> LoadResult:
         held = self._host.get(job.load.digest) if self._host is not None else None
         if held is None:
             with reading(job.file.path, job.file.checked) as image:
@@ -139,11 +155,15 @@ class Pager:
                 self._disk_hits += 1
                 held = self._to_host(image)
                 if held is None:
-                    self._pool.fill(job.load.pages, [image.pages], job.launched)
-                    return image.chunks
+                    return self._fill(job, image.chunks, [image.pages])
         assert self._host is not None
-        self._pool.fill(job.load.pages, self._host.runs(held), job.launched)
-        return held.chunks
+        return self._fill(job, held.chunks, self._host.runs(held))
+
+    def _fill(
+        self, job: _Job, chunks: ChunkTable, content: Sequence[NDArray[np.uint8] | Tensor]
+    ) -> LoadResult:
+        parts = pages_by_layer(chunks, self._layer_of, self._pool.spec.num_layers)
+        return LoadResult(job.load, chunks, self._pool.fill(job.load.pages, content, job.launched, parts))
 
     def _to_host(self, image: AdapterImage) -> HostImage | None:
         """Copy an image to the host tier, if there is one and it fits."""
@@ -162,14 +182,3 @@ class Pager:
             raise ValueError(f"{path} holds {image.digest}")
         if image.num_pages != len(job.load.pages) or image.page_bytes != self._pool.page_bytes:
             raise ValueError(f"{path} was packed for another page size or has changed")
-
-    def _finish(
-        self,
-        job: _Job,
-        chunks: ChunkTable | None,
-        error: str | None = None,
-        seconds: float = 0.0,
-        is_missing: bool = False,
-    ) -> None:
-        self._done.put(LoadResult(job.load, chunks, error, seconds, is_missing))
-        self._on_finished()

@@ -56,17 +56,24 @@ class StepBuilder:
     """Makes the batches of plans for one model, pool and table.
 
     `drawn` [2, rows] is where the sampler leaves the tokens of a step (and their logprobs), `places` says which
-    sequence's token is where.
+    sequence's token is where. `gates` are events that steps with prompts wait for, one in each layer.
     """
 
     def __init__(
-        self, pool: Pool, table: GpuTable, max_model_len: int, num_heads: int, max_decode: int
+        self,
+        pool: Pool,
+        table: GpuTable,
+        max_model_len: int,
+        num_heads: int,
+        max_decode: int,
+        gates: Sequence[torch.cuda.Event] = (),
     ) -> None:
         self.pool = pool
         self.table = table
         self.groups = pool.spec.kv_groups
         self.max_pages = -(-max_model_len // pool.page_tokens)
         self.max_decode = max_decode
+        self.gates = gates
         self.device = pool.data.device
         spec = pool.spec
         if spec.kv_planes == 1:
@@ -272,7 +279,7 @@ class StepBuilder:
     ) -> GpuLora:
         return GpuLora(
             self.table.current, on["slots"], LoraTiles(*on["tiles"]), LoraTiles(*on["head_tiles"]),
-            self.prefill_lora, self.prefill_shrink, adapters, rank_blocks, idle,
+            self.prefill_lora, self.prefill_shrink, adapters, rank_blocks, idle, self.gates,
         )  # fmt: skip
 
     def _prompt_batch(

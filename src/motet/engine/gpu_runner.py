@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from motet.adapters.gpu_table import GpuTable
+from motet.adapters.image import ChunkTable
+from motet.engine.gates import Gates, wait_for
 from motet.engine.gpu_inputs import StepBuilder
 from motet.engine.gpu_sampler import GpuSampler
 from motet.engine.gpu_shapes import BUCKETS, Step, bucket, cut, prompt_sizes
 from motet.engine.sampler import Draw, Drawn, SamplingRow
 from motet.engine.staging import Staging
+from motet.errors import MotetError
 from motet.kernels.gpu.jit import compile_only
 from motet.layers.decoder import Decoder
 from motet.layers.gpu import GpuBatch
-from motet.memory.pool import Pool
-from motet.types import Chunk, Plan, SamplingParams
+from motet.memory.pool import Copies, Pool
+from motet.types import BASE, Chunk, Load, Plan, SamplingParams
 
 Key = tuple[bool, int, bool, frozenset[int]]
 """What graphs are captured for: steps with prompts or of single tokens; rows; with adapters; all or none of
@@ -50,7 +53,10 @@ class GpuRunner:
         self.table = GpuTable(len(pool.spec.sites), pool.flat, pool.page_bytes, pool.kv_dtype)
         self._largest = next((size for size in BUCKETS if size >= max_running), BUCKETS[-1])
         decode_rows = max(max_running, self._largest)
-        self._builder = StepBuilder(pool, self.table, max_model_len, pool.spec.num_heads, decode_rows)
+        self._gates = Gates(pool.spec.num_layers)
+        self._builder = StepBuilder(
+            pool, self.table, max_model_len, pool.spec.num_heads, decode_rows, self._gates.events
+        )
         self._staging: dict[int, Staging] = {}
         self._sizes = prompt_sizes(max_step_tokens)
         self._prompts = self._builder.prompts(self._sizes[-1])
@@ -65,12 +71,23 @@ class GpuRunner:
         self._sampler = GpuSampler(self._builder.drawn)
         self._pdl = pdl
 
+    def add_adapter(self, load: Load, chunks: ChunkTable, copies: Copies) -> None:
+        """Let steps find an adapter whose copies have been enqueued. MotetError if the table has no room for it; steps
+        that get its pages write to them after the copies."""
+        try:
+            self.table.add(load.digest, chunks, load.pages)
+        except MotetError:
+            wait_for(copies)
+            raise
+        self._gates.expect(load.digest, copies)
+
     @torch.inference_mode()
     def launch(self, plan: Plan, row: Callable[[int], SamplingRow]) -> Draw:
         """Begin to compute the plan's chunks, behind what the device has to do, and to sample for those that ask.
 
         `row(seq)` gives a sequence's sampling state. Plans must come in the order in which they were made.
         """
+        self._gates.hold_steps(set(plan.evictions))  # their pages may be others' in this plan
         for digest in plan.evictions:
             if digest in self.table:
                 self.table.remove(digest)
@@ -84,19 +101,23 @@ class GpuRunner:
 
     def _compute(self, chunks: Sequence[Chunk]) -> Tensor:
         """The logits of those rows that ask for them, and maybe more rows."""
-        with_lora = any(chunk.adapter for chunk in chunks)
+        adapters = {chunk.adapter for chunk in chunks} - {BASE}
+        with_lora = bool(adapters)
         idle = self._builder.idle(chunks) if with_lora else frozenset()
         size = bucket(len(chunks))
         if 0 < size <= self._largest and all(len(c.tokens) == 1 and c.sample for c in chunks):
             graph = self._captured((False, size, with_lora, idle))
             self._fill_single(size, chunks)
+            self._gates.hold_steps(adapters)
         else:
             step = self._builder.arrange(chunks)
             size = self._size_for(step)
             if not size:
+                self._gates.hold_layers(adapters)
                 return self.decoder(self._builder.batch(chunks, self._pdl))
             graph = self._captured((True, size, with_lora, idle))
             self._fill_prompts(size, step)
+            self._gates.hold_layers(adapters)
         graph.replay()
         self.graph_replays += 1
         return self._logits

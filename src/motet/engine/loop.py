@@ -212,11 +212,14 @@ class Engine:
             graph_replays=self.runner.graph_replays,
             graph_captures=self.runner.graph_captures,
             loads=self._tier.loads,
-            load_seconds=self._tier.load_seconds,
+            load_seconds=self.pager.load_seconds,
             page_bytes=self.runner.pool.page_bytes,
             weight_bytes=self._weight_bytes,
             workspace_bytes=self._workspace_bytes,
-            tiers={"pool": self._tier.stats(stats, self.runner.pool.page_bytes), **self.pager.stats()},
+            tiers={
+                "pool": self._tier.stats(stats, self.runner.pool.page_bytes, self.pager.load_seconds),
+                **self.pager.stats(),
+            },
             loads_by_adapter=dict(self._tier.loads_of),
             pinned=tuple(sorted(self._pinned)),
         )
@@ -251,7 +254,7 @@ class Engine:
                 logger.info("the image of adapter %s is made again: %s", digest[:12], reason)
                 outputs += self.scheduler.adapter_missing(digest, _not_loaded(digest, reason))
                 continue
-            self._tier.tried(digest, result.seconds)
+            self._tier.tried(digest)
             if (error := self._publish(result)) is not None:
                 outputs += self.scheduler.adapter_failed(digest, error)
                 continue
@@ -265,7 +268,7 @@ class Engine:
         if result.chunks is None:
             return _not_loaded(digest, result.error or "unknown")
         try:
-            self.runner.table.add(digest, result.chunks, result.load.pages)
+            self.runner.add_adapter(result.load, result.chunks, result.copies)
         except MotetError as failure:
             return _not_loaded(digest, str(failure))
         return None

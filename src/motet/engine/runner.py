@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from motet.adapters.image import ChunkTable
 from motet.adapters.table import AdapterTable
 from motet.engine.inputs import build_inputs
 from motet.engine.sampler import Drawn, SamplingRow, sample
@@ -15,8 +16,8 @@ from motet.kernels.attention import AttentionBatch
 from motet.kernels.lora import BFLOAT16, FLOAT32, LONG_SEGMENT, LoraTable, Segment, split_rows
 from motet.layers.cpu import CpuBatch, KVBatch, LoraBatch
 from motet.layers.decoder import Decoder
-from motet.memory.pool import Pool
-from motet.types import Chunk, Plan
+from motet.memory.pool import Copies, Pool
+from motet.types import Chunk, Load, Plan
 
 
 class Runner:
@@ -28,6 +29,11 @@ class Runner:
         self.decoder = decoder
         self.pool = pool
         self.table = AdapterTable(len(pool.spec.sites), pool.flat, pool.page_bytes)
+
+    def add_adapter(self, load: Load, chunks: ChunkTable, copies: Copies) -> None:
+        """Let steps find an adapter that has come. MotetError if the table has no room for it."""
+        assert not copies
+        self.table.add(load.digest, chunks, load.pages)
 
     @torch.inference_mode()
     def launch(self, plan: Plan, row: Callable[[int], SamplingRow]) -> Drawn:

@@ -28,11 +28,10 @@ def share_of_base(image: Path, spec: ModelSpec) -> float:
 
 
 class PoolTier:
-    """Counts for metrics. `loads` and `load_seconds` are of all attempts, failed ones too."""
+    """Counts for metrics. `loads` are all attempts, failed ones too."""
 
     def __init__(self) -> None:
         self.loads = 0
-        self.load_seconds = 0.0
         self.loads_of: Counter[str] = Counter()
         self._hits = 0
         self._ready: set[str] = set()
@@ -41,10 +40,9 @@ class PoolTier:
         """A request has come: its adapter is there already, or it is not."""
         self._hits += digest in self._ready
 
-    def tried(self, digest: str, seconds: float) -> None:
+    def tried(self, digest: str) -> None:
         """A load has ended."""
         self.loads += 1
-        self.load_seconds += seconds
         self.loads_of[digest] += 1
 
     def came(self, digest: str) -> None:
@@ -57,7 +55,7 @@ class PoolTier:
         """Nothing more will come of this adapter."""
         self.loads_of.pop(digest, None)
 
-    def stats(self, stats: EngineStats, page_bytes: int) -> TierStats:
+    def stats(self, stats: EngineStats, page_bytes: int, load_seconds: float) -> TierStats:
         """The pool as a tier, given a snapshot of the scheduler."""
         assert BASE not in self._ready
         return TierStats(
@@ -66,6 +64,6 @@ class PoolTier:
             max_bytes=stats.total_pages * page_bytes,
             hits=self._hits,
             loads=self.loads,
-            load_seconds=self.load_seconds,
+            load_seconds=load_seconds,
             evictions=stats.evictions,
         )

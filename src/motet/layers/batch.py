@@ -96,6 +96,9 @@ class Batch(Protocol):
     def embed(self, table: Tensor, site: int) -> Tensor:
         """Hidden states [T, H] of the step's tokens."""
 
+    def begin(self, layer: int) -> None:
+        """What follows needs this layer of the step's adapters, and for the last one the head too."""
+
     def norm(self, x: Branch, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(RMSNorm of the sum, the sum [T, H]); `residual` None means zeros, else it may be overwritten."""
 

@@ -67,6 +67,9 @@ class CpuBatch:
             lora_embed(x, self.tokens, len(table), self.lora.table, site, self.lora.segments)
         return x
 
+    def begin(self, layer: int) -> None:
+        """All of an adapter is there before a step begins that uses it."""
+
     def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return add_rms_norm(x, residual, weight, eps)
 

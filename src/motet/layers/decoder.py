@@ -41,7 +41,8 @@ class Decoder:
         """
         x: Branch = batch.embed(self.embedding, self.embed_site)
         residual: Tensor | None = None
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            batch.begin(number)
             x, residual = batch.norm(x, residual, layer.attention_norm, self.eps)
             x = layer.attention(x, batch)
             if layer is self.layers[-1]:

@@ -76,7 +76,8 @@ class GpuLora:
     """The adapters of a step: the pointer table, each row's slot [T] int32 (-1 base), and tiles of rows of one slot.
 
     `adapters` bounds how many different ones there are; `rank_blocks` those of any of them at one site. `idle` sites
-    have no adapter, so nothing is launched for them.
+    have no adapter, so nothing is launched for them. Each layer waits for its gate, unless there are none: then all of
+    every adapter is there when the step begins.
     """
 
     table: RankBlocks
@@ -88,6 +89,7 @@ class GpuLora:
     adapters: int
     rank_blocks: int
     idle: frozenset[int]
+    gates: Sequence[torch.cuda.Event] = ()
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,13 @@ class GpuBatch:
     def embed(self, table: Tensor, site: int) -> Tensor:
         x, tokens = embed(self.tokens, self.chosen, table)
         if self.lora is not None and site not in self.lora.idle:
+            self.begin(0)  # of which the embedding is a part
             lora_embed(x, tokens, len(table), self.lora.table, site, self.lora.slots)
         return x
+
+    def begin(self, layer: int) -> None:
+        if self.lora is not None and self.lora.gates:
+            torch.cuda.current_stream().wait_event(self.lora.gates[layer])
 
     def norm(
         self, x: Tensor | Pairs, residual: Tensor | None, weight: Tensor, eps: float

@@ -5,6 +5,8 @@ Who owns a page is decided in `memory.pages` and `adapters.residency`; this room
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 
@@ -20,10 +22,13 @@ from motet.types import ModelSpec, Site
 PAGE_ALIGNMENT = 64
 MIN_RANK_ROWS = 16
 STAGED_PAGES = 64
-"""Pages on their way to a GPU at a time."""
-
+"""Pages that a GPU is given at a time."""
+SLABS = 2
+"""Pinned buffers of so many pages, for what is not pinned: one is filled while the other is fetched."""
 
 Mark = torch.cuda.Event | None
+Copies = tuple[torch.cuda.Event, ...]
+"""When the parts of a load are in the pool, in their order; nothing if all of it was there at once, as on a CPU."""
 
 KV_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 """What keys and values are kept in, by device."""
@@ -71,6 +76,7 @@ class Pool:
         # Written once, so that memory which is not there fails now and not in the middle of a request.
         self.data = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8, device=device).fill_(0)
         self._stream: torch.cuda.Stream | None = None  # of `fill`, which one thread calls
+        self._slabs: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # the one fetched longest ago first
 
     def mark(self) -> Mark:
         """The end of what the device has been given to do so far; None where it is done when it returns."""
@@ -81,46 +87,70 @@ class Pool:
         return event
 
     def fill(
-        self, pages: Sequence[int], content: Sequence[NDArray[np.uint8] | Tensor], after: Mark = None
-    ) -> None:
-        """Write `content`, runs [n, page_bytes], into these pages. On a GPU: beside its steps, complete when this
-        returns; it fetches tensors, which must be pinned, itself, and arrays by way of a pinned buffer.
+        self,
+        pages: Sequence[int],
+        content: Sequence[NDArray[np.uint8] | Tensor],
+        after: Mark = None,
+        parts: Sequence[int] = (),
+    ) -> Copies:
+        """Write `content`, runs [n, page_bytes], into these pages, in their order. On a GPU beside its steps: copies
+        have been enqueued when this returns. It fetches tensors itself, which must be pinned and stay as they are
+        until the last copy is over, and arrays by way of pinned buffers.
 
-        `after` is the last step that may still use what was in them.
+        `after` is the last step that may still use what was in the pages. Part i is there with the first `parts[i]`
+        pages; without `parts` there is one, of all pages. If this fails, nothing is written to the pages any more.
         """
         if self.data.device.type == "cpu":
             target = self.data.numpy()
             for page, source in zip(pages, chain.from_iterable(map(np.asarray, content)), strict=True):
                 target[page] = source
-            return
-        stream = self._stream = self._stream or torch.cuda.Stream()  # always one, for memory is kept for each
+            return ()
+        # Always one, for memory is kept for each; ahead of steps, for one of them may wait for what it brings.
+        stream = self._stream = self._stream or torch.cuda.Stream(priority=-1)
         if after is not None:
             stream.wait_event(after)
         try:
             with torch.cuda.stream(stream):
-                self._copy(pages, content, stream)
-        finally:  # even if it failed half-way: nothing is written to these pages later
+                return self._copy(pages, content, parts or (len(pages),), stream)
+        except BaseException:
             stream.synchronize()
+            raise
 
     def _copy(
-        self, pages: Sequence[int], content: Sequence[NDArray[np.uint8] | Tensor], stream: torch.cuda.Stream
-    ) -> None:
-        where = torch.tensor(pages, device=self.data.device)
+        self,
+        pages: Sequence[int],
+        content: Sequence[NDArray[np.uint8] | Tensor],
+        parts: Sequence[int],
+        stream: torch.cuda.Stream,
+    ) -> Copies:
+        where = torch.tensor(pages).pin_memory().to(self.data.device, non_blocking=True)
+        words = self.data.view(torch.int64)
+        begin, copies = 0, list[torch.cuda.Event]()
         for run in content:
-            places, where = where[: len(run)], where[len(run) :]
-            for begin in range(0, len(run), STAGED_PAGES):
-                some = run[begin : begin + STAGED_PAGES]
-                self.data.index_copy_(0, places[begin : begin + len(some)], self._fetch(some, stream))
+            for some in (run[i : i + STAGED_PAGES] for i in range(0, len(run), STAGED_PAGES)):
+                end = begin + len(some)
+                words.index_copy_(0, where[begin:end], self._fetch(some, stream).view(torch.int64))
+                begin = end
+                if new := bisect_right(parts, end) - len(copies):
+                    there = torch.cuda.Event()
+                    there.record(stream)
+                    copies += [there] * new
+        return tuple(copies)
 
     def _fetch(self, some: NDArray[np.uint8] | Tensor, stream: torch.cuda.Stream) -> Tensor:
-        """Pages on the device, in memory of `stream`'s own; the source may be written to again."""
+        """Pages on the device, in memory of `stream`'s own."""
         if isinstance(some, Tensor):
             return some.to(self.data.device, non_blocking=True)
-        staged = torch.empty(some.shape, dtype=torch.uint8, pin_memory=True)
-        staged.numpy()[:] = some
-        fetched = staged.to(self.data.device, non_blocking=True)
-        stream.synchronize()
-        return fetched
+        while len(self._slabs) < SLABS:
+            slab = torch.empty(STAGED_PAGES, self.page_bytes, dtype=torch.uint8, pin_memory=True)
+            self._slabs.append((slab, torch.cuda.Event()))
+        slab, fetched = self._slabs.popleft()
+        fetched.synchronize()
+        slab.numpy()[: len(some)] = some
+        pages = slab[: len(some)].to(self.data.device, non_blocking=True)
+        fetched.record(stream)
+        self._slabs.append((slab, fetched))
+        return pages
 
     @property
     def flat(self) -> Tensor:

@@ -48,7 +48,8 @@ def test_steps_match_peft(kind: str, tmp_path: Path, device: str, monkeypatch: p
         image = pack(load_checkpoint(adapter, spec), pool.page_bytes)
         pages = tuple(range(page, page + image.num_pages))
         page += image.num_pages
-        pool.fill(pages, [image.pages])
+        for there in pool.fill(pages, [image.pages]):
+            there.synchronize()
         table.add(image.digest, image.chunks, pages)
         digests.append(image.digest)
     generator = torch.Generator().manual_seed(1)
