@@ -22,7 +22,7 @@ from motet.kernels.gpu.attention import (
     prefill_rows,
     prefill_tiles,
 )
-from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
+from motet.kernels.gpu.kv_write import KVWrite, QueryKey, rotary_kv_write
 from motet.kernels.gpu.lora import LoraTiles, RankBlocks, lora_add, lora_add_torch, row_tiles, shrunk
 from motet.kernels.gpu.norm import add_rms_norm
 from motet.kernels.gpu.sample import SamplingTensors, sample, sample_torch
@@ -90,11 +90,11 @@ def check_kv_write(report: Report) -> None:
             head_rms_norm_torch(expected, 0, heads, how.q_norm, how.eps)
             head_rms_norm_torch(expected, heads, kv_heads, how.k_norm, how.eps)
         rotary_kv_write_torch(expected, positions, slots, how.cos, how.sin, wide, 1, heads, interleaved)
-        rotary_kv_write(qkv, positions, slots, how, cache.kv, 1, heads, pdl=True)
+        rotary_kv_write(qkv, KVWrite(positions, slots, how, cache.kv, 1, heads), pdl=True)
         report.check(f"kv write d{dim} q", qkv[:, : heads * dim], expected[:, : heads * dim])
         worst = float((cache.kv.flat - wide.flat).abs().max())
         report.same(f"kv write d{dim} pages: largest difference {worst:.3f}", worst < 0.08)
-        go = partial(rotary_kv_write, qkv, positions, slots, how, cache.kv, 1, heads, pdl=True)
+        go = partial(rotary_kv_write, qkv, KVWrite(positions, slots, how, cache.kv, 1, heads), pdl=True)
         replays_equal(report, f"kv write d{dim}", go, [], [qkv, cache.kv.flat])
 
 

@@ -52,7 +52,7 @@ from motet.kernels.gpu.attention import (
     prefill_tiles,
 )
 from motet.kernels.gpu.dense import DenseUpdate, arrivals, dense_config, dense_product
-from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
+from motet.kernels.gpu.kv_write import KVWrite, QueryKey, rotary_kv_write
 from motet.kernels.gpu.lora import (
     LoraConfig,
     LoraTiles,
@@ -86,7 +86,9 @@ def time_small(report: Report) -> None:
             qkvs = [normal(rows, width) for _ in range(2 if rows > 64 else 24)]
             positions, slots = i32(torch.randint(4096, (rows,))), i32(torch.randperm(8192)[:rows])
             writes = [
-                partial(rotary_kv_write, qkv, positions, slots, how, cache.kv, i % 4, heads, pdl=True)
+                partial(
+                    rotary_kv_write, qkv, KVWrite(positions, slots, how, cache.kv, i % 4, heads), pdl=True
+                )
                 for i, qkv in enumerate(qkvs)
             ]
             report.time(f"kv write d{dim} {rows} rows{' norms' if norms else ''}", writes, rows * width * 4)
@@ -224,7 +226,7 @@ def time_sample(report: Report) -> None:
 
 
 def time_layer(report: Report) -> None:
-    """The attention half of a decode layer, as a step launches it: 7 kernels, 5 without adapters."""
+    """The attention half of a decode layer, as a step launches it: 6 kernels, 4 without adapters."""
     rows, num, kv_heads, dim, length = 16, 64, 8, 64, 1900
     cache = Cache.make(rows, length, kv_heads, dim, LAYERS)
     table, adapters = (
@@ -249,14 +251,22 @@ def time_layer(report: Report) -> None:
             site, widths = (4 * i + 3, (HIDDEN,)) if side else (4 * i, WIDTHS)
             lora_shrink(x, adapters, site, len(widths), tiles, z, lora.DECODE, pdl=pdl)
             update = DenseUpdate(adapters, site, widths, tiles, z)
+        write = None if side else KVWrite(decode, slots, how, cache.kv, i, num)
         dense_product(
-            x, weight, biases[side], y, counters, dense_config(*weight.shape), update=update, pdl=pdl
+            x,
+            weight,
+            biases[side],
+            y,
+            counters,
+            dense_config(*weight.shape),
+            update=update,
+            write=write,
+            pdl=pdl,
         )
 
     def layer(i: int, pdl: bool, with_lora: bool) -> None:
         x, _ = add_rms_norm(branch, residual, norm, 1e-5, pdl=pdl)
         project(x, qkv, i, 0, z1, pdl, with_lora)
-        rotary_kv_write(qkv, decode, slots, how, cache.kv, i, num, pdl=pdl)
         decode_attention(qkv, cache.kv, i, batch, heads, workspace, out, pdl=pdl)
         project(out, branch, i, 1, z2, pdl, with_lora)
 

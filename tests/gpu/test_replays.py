@@ -14,7 +14,7 @@ from motet.kernels.gpu.dense import DenseConfig, arrivals, dense_product
 from motet.kernels.gpu.latent_attention import decode_workspace, latent_decode
 from motet.kernels.latent_attention import LatentHeads
 from motet.types import FULL, KVGroup
-from tests.kernels.gpu.test_dense import make_update, operands
+from tests.kernels.gpu.test_dense import make_update, make_write, operands
 from tests.kernels.gpu.test_kv_write import make_kv
 from tests.kernels.gpu.test_latent_attention import make_batch
 from tests.kernels.gpu.test_latent_attention import make_kv as make_latent_kv
@@ -86,5 +86,21 @@ def test_parts_of_dense_sums_add_up_in_one_order(slots: list[int]) -> None:
         out = x.new_full((len(x), len(weight)), torch.nan)
         dense_product(x, weight, bias, out, counters, config, update=update)
         return out
+
+    assert count_differences(multiply) == 0
+
+
+@pytest.mark.parametrize("slots", [[-1] * 5, [-1, 0, 0, 3, 3, 3, 4]], ids=["base", "adapters"])
+def test_heads_are_written_alike(slots: list[int]) -> None:
+    write = make_write(4, 2, 64, len(slots), torch.bfloat16, "cuda")
+    x, weight, bias = operands(len(slots), 130, sum(write.widths), torch.bfloat16, "cuda")
+    update = make_update(x, slots, write.widths, make_table(130, write.widths, torch.bfloat16, "cuda"))
+    counters, config, before = arrivals("cuda"), DenseConfig(depth=16, splits=7), write.kv.flat.clone()
+
+    def multiply() -> Tensor:
+        out = x.new_zeros(len(x), len(weight))
+        write.kv.flat.copy_(before)
+        dense_product(x, weight, bias, out, counters, config, update=update, write=write)
+        return torch.cat([out.flatten(), write.kv.flat])
 
     assert count_differences(multiply) == 0

@@ -19,4 +19,4 @@ class Attention:
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, H] normalised hidden states to what the heads found, [T, Hq·D]."""
-        return batch.attention(batch.linear(x, self.qkv), self.form)
+        return batch.attention(x, self.qkv, self.form)

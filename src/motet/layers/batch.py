@@ -114,8 +114,8 @@ class Batch(Protocol):
     def silu_mul(self, h: Tensor) -> Tensor:
         """silu(gate) · up of the two halves of h."""
 
-    def attention(self, qkv: Tensor, form: AttentionForm) -> Tensor:
-        """Keys and values to their pages, and attention: [T, (Hq + 2·Hkv)·D] to [T, Hq·D]."""
+    def attention(self, x: Tensor, linear: LinearMap, form: AttentionForm) -> Tensor:
+        """Queries, keys and values of x [T, K], keys and values to their pages, and attention: [T, Hq·D]."""
 
     def latent_attention(self, q: Tensor, z: Tensor, column: int, form: LatentForm) -> Tensor:
         """Attention among latents, [T, Hq·value]: q's first columns are the queries, z's from `column` on the latent

@@ -101,7 +101,8 @@ class CpuBatch:
     def silu_mul(self, h: Tensor) -> Tensor:
         return silu_mul(h)
 
-    def attention(self, qkv: Tensor, form: AttentionForm) -> Tensor:
+    def attention(self, x: Tensor, linear: LinearMap, form: AttentionForm) -> Tensor:
+        qkv = self.linear(x, linear)
         heads, place, rotary = form.heads, form.place, form.rotary
         if form.norms is not None:
             head_rms_norm(qkv, 0, heads.num, form.norms.q, form.norms.eps)

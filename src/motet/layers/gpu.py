@@ -25,7 +25,7 @@ from motet.kernels.gpu.attention import (
 from motet.kernels.gpu.combine import Normed, combine
 from motet.kernels.gpu.dense import DenseUpdate, dense_config, dense_product
 from motet.kernels.gpu.embed import embed, lora_embed
-from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
+from motet.kernels.gpu.kv_write import KVWrite, QueryKey, rotary_kv_write
 from motet.kernels.gpu.latent_attention import latent_decode, latent_prefill, latent_write
 from motet.kernels.gpu.latent_lora import lora_key_query, lora_value
 from motet.kernels.gpu.lora import LoraConfig, LoraTiles, RankBlocks
@@ -148,10 +148,12 @@ class GpuBatch:
         columns = x[:, : len(weight)]
         columns.copy_(torch.nn.functional.rms_norm(columns.float(), weight.shape, weight, eps))
 
-    def linear(self, x: Tensor, linear: LinearMap) -> Tensor:
-        """Few rows are multiplied by a kernel that updates them too, more by cuBLAS and updated after it."""
+    def linear(self, x: Tensor, linear: LinearMap, write: KVWrite | None = None) -> Tensor:
+        """Few rows are multiplied by a kernel that updates them too, and can write them; more by cuBLAS and updated
+        after it."""
         update = self._shrunk(x, linear)
-        if not 0 < len(x) <= dense.MOST_ROWS:
+        if not _few(x):
+            assert write is None
             y = torch.nn.functional.linear(x, linear.weight, linear.bias)
             if self.lora is not None and (u := update) is not None:
                 lora.lora_expand(y, u.table, u.site, u.widths, u.tiles, u.z, self.lora.config, pdl=self.pdl)
@@ -159,7 +161,9 @@ class GpuBatch:
         features, depth = linear.weight.shape
         y = x.new_empty(len(x), features)
         config = tuned("dense_product", dense_config(features, depth), features=features, depth=depth)
-        dense_product(x, linear.weight, linear.bias, y, self.arrived, config, update=update, pdl=self.pdl)
+        dense_product(
+            x, linear.weight, linear.bias, y, self.arrived, config, update=update, write=write, pdl=self.pdl
+        )
         return y
 
     def _shrunk(self, x: Tensor, how: LinearMap) -> DenseUpdate | None:
@@ -184,12 +188,16 @@ class GpuBatch:
         gate, up = h.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
 
-    def attention(self, qkv: Tensor, form: AttentionForm) -> Tensor:
+    def attention(self, x: Tensor, linear: LinearMap, form: AttentionForm) -> Tensor:
         heads, index, group = form.heads, form.place.index, self.groups[form.place.group]
         norms, rotary = form.norms, form.rotary
         q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
         how = QueryKey(rotary.cos, rotary.sin, rotary.interleaved, q_norm, k_norm, eps, form.temperature)
-        rotary_kv_write(qkv, self.positions, group.slots, how, self.kv, index, heads.num, pdl=self.pdl)
+        write = KVWrite(self.positions, group.slots, how, self.kv, index, heads.num)
+        fused = write.fusible and _few(x)
+        qkv = self.linear(x, linear, write if fused else None)
+        if not fused:
+            rotary_kv_write(qkv, write, pdl=self.pdl)
         fresh = qkv.new_empty if group.prefill is None else qkv.new_zeros  # padding among prompts stays zeros
         out = fresh(len(qkv), heads.num * self.kv.head_dim)
         if group.decode is not None:
@@ -265,6 +273,11 @@ class GpuBatch:
         update = ExpertUpdate(self.lora.table, site, z)
         moe_lora.shrink(x, work, update, gather=gather, config=self.lora.expert_config, pdl=self.pdl)
         return update
+
+
+def _few(x: Tensor) -> bool:
+    """Whether x is multiplied by `dense_product`."""
+    return 0 < len(x) <= dense.MOST_ROWS
 
 
 def _expert_config(weights: ExpertWeights, sides: int, work: Sorted) -> ProductConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from motet.kernels.gpu.attention import (
     prefill_attention,
 )
 from motet.kernels.gpu.dense import DenseUpdate, arrivals, dense_config, dense_product
-from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
+from motet.kernels.gpu.kv_write import KVWrite, QueryKey, rotary_kv_write
 from motet.kernels.gpu.lora import DECODE, PREFILL, LoraTiles, RankBlocks, lora_add, shrunk
 from motet.kernels.gpu.norm import add_rms_norm
 from motet.kernels.gpu.sample import SamplingTensors, sample
@@ -29,6 +30,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 F32 = torch.float32
+HEAD_DIMS = {(4096, 512, 512): 64, (4096, 1024, 1024): 128}
+"""Of gpt-oss-20b and of Llama-3.1-8B, by the widths of q, k and v."""
 
 
 def launches() -> None:
@@ -59,7 +62,7 @@ def kv_writes() -> None:
         for interleaved in (False, True):
             plain = QueryKey(table, table, interleaved)
             for how in (plain, replace(plain, q_norm=weight, k_norm=weight, temperature=table)):
-                rotary_kv_write(qkv, rows, rows, how, kv_layout(kv_heads, dim), 3, heads, pdl=True)
+                rotary_kv_write(qkv, KVWrite(rows, rows, how, kv_layout(kv_heads, dim), 3, heads), pdl=True)
 
 
 def attentions() -> None:
@@ -101,20 +104,31 @@ def loras() -> None:
             lora_add(y, x, rank_blocks(), 5, widths, tiles(16), z, config, pdl=True)
 
 
+def kv_write(rows: int, widths: tuple[int, ...]) -> KVWrite | None:
+    """Where a product of these widths is one of q k v: what it may end with."""
+    if widths not in HEAD_DIMS:
+        return None
+    dim, places = HEAD_DIMS[widths], meta(rows, dtype=torch.int32)
+    table = meta(4096, dim // 2, dtype=F32)
+    heads, kv_heads = widths[0] // dim, widths[1] // dim
+    return KVWrite(places, places, QueryKey(table, table), kv_layout(kv_heads, dim), 3, heads)
+
+
 def products() -> None:
-    """qkv, o, router and head of gpt-oss-20b, and what no block size divides."""
+    """qkv, o, router and head of gpt-oss-20b, qkv of Llama-3.1-8B, and what no block size divides."""
     for depth, widths, rows in (
-        (2880, (4096, 512, 512), (1, 32, 64)), (4096, (2880,), (16,)), (2880, (32,), (16,)),
-        (2880, (201_088,), (16, 64)), (577, (727, 65), (1, 64)),
+        (2880, (4096, 512, 512), (1, 32, 64)), (4096, (4096, 1024, 1024), (1, 32)),
+        (4096, (2880,), (16,)), (2880, (32,), (16,)), (2880, (201_088,), (16, 64)), (577, (727, 65), (1, 64)),
     ):  # fmt: skip
         features = sum(widths)
         for count in rows:
             x, bias, y = meta(count, depth), meta(features), meta(count, features)
             z = shrunk(count, depth, 96, DECODE, "meta")
-            for update in (None, DenseUpdate(rank_blocks(), 5, widths, tiles(count), z)):
+            update, write = DenseUpdate(rank_blocks(), 5, widths, tiles(count), z), kv_write(count, widths)
+            for adapted, writes in product((False, True), (False, True) if write else (False,)):
                 dense_product(
                     x, meta(features, depth), bias, y, arrivals("meta"), dense_config(features, depth),
-                    update=update, pdl=True,
+                    update=update if adapted else None, write=write if writes else None, pdl=True,
                 )  # fmt: skip
 
 

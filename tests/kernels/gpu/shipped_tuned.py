@@ -14,7 +14,7 @@ from motet.kernels.gpu.dense import DenseConfig, DenseUpdate, arrivals, dense_pr
 from motet.kernels.gpu.moe import ProductConfig, product, tile_rows
 from motet.kernels.gpu.moe_lora import ExpertUpdate, ShrinkConfig, shrink, shrunk
 from motet.kernels.gpu.route import Sorted
-from tests.kernels.gpu.shipped_dense import meta, rank_blocks, tiles
+from tests.kernels.gpu.shipped_dense import HEAD_DIMS, kv_write, meta, rank_blocks, tiles
 from tests.kernels.gpu.shipped_moe import Shape, weights
 
 TOP_K, EXPERTS = 4, 32
@@ -23,10 +23,11 @@ TOP_K, EXPERTS = 4, 32
 def dense(shape: Mapping[str, int], config: DenseConfig) -> None:
     features, depth = shape["features"], shape["depth"]
     z = lora.shrunk(16, depth, 64, lora.DECODE, "meta")
-    for update in (None, DenseUpdate(rank_blocks(), 5, (features,), tiles(16), z)):
+    widths = next((widths for widths in HEAD_DIMS if sum(widths) == features), (features,))
+    for update in (None, DenseUpdate(rank_blocks(), 5, widths, tiles(16), z)):
         dense_product(
             meta(16, depth), meta(features, depth), meta(features), meta(16, features), arrivals("meta"), config,
-            update=update, pdl=True,
+            update=update, write=kv_write(16, widths), pdl=True,
         )  # fmt: skip
 
 

@@ -19,9 +19,12 @@ from motet.kernels.gpu.dense import (
     dense_product,
     dense_product_torch,
 )
+from motet.kernels.gpu.kv_write import KVWrite, rotary_kv_write
 from motet.kernels.gpu.lora import DECODE, RANKS, RankBlocks, lora_add_torch, lora_shrink, shrunk
+from motet.kernels.kv_write import rotary_kv_write_torch
 from tests.close import assert_close
 from tests.kernels.gpu.conftest import TOLERANCE
+from tests.kernels.gpu.test_kv_write import PAGES, POSITIONS, TOKENS, make_how, make_kv
 from tests.kernels.gpu.test_lora import make_table, make_tiles
 
 SMALL = {
@@ -36,6 +39,15 @@ SLOTS = {
     "alone": [3],
     "base": [-1] * 5,
 }
+SPLIT = DenseConfig(depth=32, stages=2, splits=2, ranks=64)
+HEADS = {
+    "as long as a block": (4, 2, 64, SPLIT),
+    "longer than a block": (2, 1, 128, SPLIT),
+    "shorter": (2, 1, 128, SMALL["masked"]),
+    "across blocks": (2, 1, 80, SPLIT),
+    "small and odd": (5, 1, 14, replace(SPLIT, splits=1)),
+}
+"""Query heads, KV heads, head dim."""
 SHAPES = {"odd": (130, (57, 9)), "wide": (96, (64, 128, 64)), "one": (100, (130,))}
 
 
@@ -129,6 +141,84 @@ def test_a_row_has_the_same_bits_in_every_batch(config: DenseConfig, dtype: torc
         one = x[row : row + 1]
         update = make_update(one, [slot], widths, table)
         assert torch.equal(product(one, weight, bias, config, update)[0], together[row])
+
+
+def make_write(heads: int, kv_heads: int, dim: int, rows: int, dtype: torch.dtype, device: str) -> KVWrite:
+    """Every fourth row is padding."""
+    slots = torch.randperm(PAGES * TOKENS)[:rows].where(torch.arange(rows) % 4 != 2, -1)
+    positions, slots = (one.to(device, torch.int32) for one in (torch.randint(POSITIONS, (rows,)), slots))
+    how, kv = make_how(dim, device, False, False), make_kv(kv_heads, dim, dtype, device)
+    return KVWrite(positions, slots, how, kv, 1, heads)
+
+
+@pytest.mark.parametrize(
+    ("rows", "adapted"), [(1, True), (5, False), (5, True), (16, False), (32, True)], ids=str
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "config"), HEADS.values(), ids=HEADS.keys())
+def test_writes_what_the_kernel_behind_it_would(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    config: DenseConfig,
+    adapted: bool,
+    rows: int,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """The same bits in q and in pages, nothing else touched; and both are right."""
+    write = make_write(heads, kv_heads, dim, rows, dtype, device)
+    x, weight, bias = operands(rows, 72, sum(write.widths), dtype, device)
+    update = None
+    if adapted:
+        table = make_table(72, write.widths, dtype, device, [[16, 9], [], [1], [16, 4]])
+        update = make_update(x, sorted(i % 5 - 1 for i in range(rows)), write.widths, table)
+    before = write.kv.flat.clone()
+
+    apart = replace(write, kv=replace(write.kv, flat=before.clone()))
+    expected = product(x, weight, bias, config, update)
+    rotary_kv_write(expected, apart)
+    counters, queries = arrivals(device), write.widths[0]
+    for _ in range(2):
+        write.kv.flat.copy_(before)
+        out = expected.new_full(expected.shape, torch.nan)
+        dense_product(x, weight, bias, out, counters, config, update=update, write=write)
+        assert not counters.any()
+        assert torch.equal(out[:, :queries], expected[:, :queries])
+        assert out[:, queries:].isnan().all()
+        assert torch.equal(write.kv.flat, apart.kv.flat)
+
+    exact = torch.empty(rows, len(weight), dtype=torch.float64, device=device)
+    dense_product_torch(x, weight, bias, exact, update)
+    wide, real = replace(write.kv, flat=before.double()), write.slots >= 0
+    rotated = exact[real]
+    cos, sin = write.how.cos.double(), write.how.sin.double()
+    rotary_kv_write_torch(rotated, write.positions[real], write.slots[real], cos, sin, wide, 1, heads)
+    exact[real] = rotated
+    assert_close(out[:, :queries].double(), exact[:, :queries], TOLERANCE[dtype])
+    assert_close(write.kv.flat.double(), wide.flat, TOLERANCE[dtype])
+
+
+def test_a_row_is_written_alike_in_every_batch(device: str) -> None:
+    """With others beside it or alone, with adapters in the step or without."""
+    write = make_write(2, 1, 64, 5, torch.float32, device)
+    x, weight, _ = operands(5, 72, sum(write.widths), torch.float32, device)
+    table, slots = make_table(72, write.widths, torch.float32, device, [[16, 9], [16]]), [-1, 0, 1, 1, 1]
+
+    def written(begin: int, end: int, adapted: bool) -> list[Tensor]:
+        """What is left of each row: q, and where its slot is one, k and v."""
+        few, at = x[begin:end], write.slots[begin:end]
+        update = make_update(few, slots[begin:end], write.widths, table) if adapted else None
+        out = x.new_full((len(few), len(weight)), torch.nan)
+        part = replace(write, positions=write.positions[begin:end], slots=at)
+        dense_product(few, weight, None, out, arrivals(device), SPLIT, update=update, write=part)
+        pages = write.kv.pages[at // TOKENS, 1, :, :, at % TOKENS].flatten(1) * (at >= 0)[:, None]
+        return list(torch.cat([out[:, : write.widths[0]], pages], dim=1))
+
+    together, base = written(0, 5, True), written(0, 5, False)
+    for row, slot in enumerate(slots):
+        (alone,) = written(row, row + 1, True)
+        assert torch.equal(alone, together[row])
+        assert torch.equal(alone, base[row]) == (slot < 0)
 
 
 def test_the_choice_for_shapes() -> None:

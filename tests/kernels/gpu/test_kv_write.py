@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from motet.kernels.gpu.kv_write import QueryKey, rotary_kv_write
+from motet.kernels.gpu.kv_write import KVWrite, QueryKey, rotary_kv_write
 from motet.kernels.kv_write import KVLayout, rotary_kv_write_torch
 from motet.kernels.norm import head_rms_norm_torch
 from tests.close import assert_close
@@ -59,7 +59,7 @@ def test_matches_reference(
     slots = torch.tensor([4, 9, 64, 0, 111, 33], dtype=torch.int32, device=device)
     expected, pages = reference(qkv, positions, slots, how, kv, 1, heads)
     keys_and_values = qkv[:, heads * dim :].clone()
-    rotary_kv_write(qkv, positions, slots, how, kv, 1, heads)
+    rotary_kv_write(qkv, KVWrite(positions, slots, how, kv, 1, heads))
     assert_close(qkv[:, : heads * dim].float(), expected[:, : heads * dim], TOLERANCE[dtype])
     assert_close(kv.flat.float(), pages, TOLERANCE[dtype])
     assert torch.equal(qkv[:, heads * dim :], keys_and_values)
@@ -73,12 +73,28 @@ def test_padding_rows_touch_nothing(device: str) -> None:
         torch.tensor([0, 0], dtype=torch.int32, device=device),
         torch.tensor([-1, -1], dtype=torch.int32, device=device),
     )
-    rotary_kv_write(qkv, *rows, how, kv, 0, 4)
+    rotary_kv_write(qkv, KVWrite(*rows, how, kv, 0, 4))
     assert torch.equal(qkv, before)
     assert torch.equal(kv.flat, pages)
+
+
+def test_what_a_product_can_end_with(device: str) -> None:
+    none = torch.zeros(0, dtype=torch.int32, device=device)
+    kv, plain = make_kv(2, 8, torch.float32, device), make_how(8, device, False, False)
+    extras = make_how(8, device, False, True)
+    found = [
+        KVWrite(none, none, how, kv, 0, 4).fusible
+        for how in (
+            plain,
+            replace(plain, interleaved=True),
+            replace(extras, temperature=None),
+            replace(plain, temperature=extras.temperature),
+        )
+    ]
+    assert found == [True, False, False, False]
 
 
 def test_no_rows(device: str) -> None:
     kv, how = make_kv(2, 8, torch.float32, device), make_how(8, device, False, False)
     none = torch.zeros(0, dtype=torch.int32, device=device)
-    rotary_kv_write(torch.zeros(0, 64, device=device), none, none, how, kv, 0, 4)
+    rotary_kv_write(torch.zeros(0, 64, device=device), KVWrite(none, none, how, kv, 0, 4))

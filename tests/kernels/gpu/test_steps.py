@@ -14,6 +14,7 @@ from motet.adapters.gpu_table import GpuTable
 from motet.adapters.image import pack
 from motet.engine.gpu_inputs import StepBuilder
 from motet.engine.gpu_shapes import cut
+from motet.kernels.gpu.kv_write import rotary_kv_write
 from motet.layers import gpu
 from motet.layers.gpu import GpuDevice, copies_bytes, with_copies
 from motet.layers.mlp import SparseMLP
@@ -91,6 +92,8 @@ def test_steps_match_peft(kind: str, tmp_path: Path, device: str, monkeypatch: p
         staging = builder.captured(16)
         builder.fill_decode(staging, chunks)
         staging.upload()
+        # gpt-oss's few rows are rotated and written by the product that gives them.
+        monkeypatch.setattr(gpu, "rotary_kv_write", None if kind == "gpt-oss" else rotary_kv_write)
         check(
             chunks,
             decoder(builder.decode_batch(staging, True, builder.idle(chunks), pdl=False))[: len(chunks)],

@@ -11,12 +11,16 @@ weights and 16, 32 or 64 of x. A program computes `features` features of all row
 multiplies the rank blocks whose number in their site is its part's, modulo `splits`, so that all programs share the
 factors; the last of a block's programs to finish adds the parts up in their order. y is written once and read never.
 
+With a `write` the members are q, k and v, and that last program rotates them and puts k and v into their pages, as
+`kv_write.rotary_kv_write` would: y is given q only. A block then is of both halves of heads (`paired_columns`), so that
+the two elements of a pair are in one program however long a head is.
+
 A row's bits depend on nothing but the row, its adapter and the configuration: not on the rows beside it, not on how
 many there are, not on whether the step has adapters. Which splits and steps a sum has therefore follows from N and K
 alone, and the products of rank blocks that a row does not own add zeros. (cuBLAS chooses by the number of rows.)
 
-Weights, factors, tiles and the table are read before waiting for the kernel in front: no kernel of the same chain may
-write them. With an update that kernel is `lora_shrink`, which starts this one when x is complete.
+Weights, factors, tiles, positions, slots and tables are read before waiting for the kernel in front: no kernel of the
+same chain may write them. With an update that kernel is `lora_shrink`, which starts this one when x is complete.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from torch import Tensor
 
 from motet.errors import ConfigError
 from motet.kernels.gpu.jit import kernel, launch_options, tl, triton
+from motet.kernels.gpu.kv_write import KVWrite, paired_columns, rotary_places, write_heads
 from motet.kernels.gpu.lora import FACTOR_ALIGNMENT, RANKS, TILES, LoraTiles, RankBlocks, check_config
 
 ROOM = 64
@@ -139,14 +144,20 @@ def dense_product(
     config: DenseConfig,
     *,
     update: DenseUpdate | None = None,
+    write: KVWrite | None = None,
     pdl: bool = False,
 ) -> None:
-    """Fill out; see the module's semantics. `arrived` is from `arrivals`; x's rows may lie apart."""
+    """Fill out; see the module's semantics. `arrived` is from `arrivals`; x's rows may lie apart. A `write` must be
+    fusible."""
     count, depth = x.shape
     features = len(weight)
     if update is not None and not len(update.tiles.slot):  # nor was shrink launched, whose end this waits for
         update = None
     widths = (features,) if update is None else update.widths
+    if write is not None:
+        assert write.fusible
+        assert update is None or widths == write.widths
+        widths = write.widths
     blocks = sum(triton.cdiv(width, config.features) for width in widths)
     assert 0 < count <= ROOM
     assert weight.shape[1] == depth
@@ -155,6 +166,7 @@ def dense_product(
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert out.is_contiguous()
+    dim = 0 if write is None else write.kv.head_dim
     rows = max(triton.next_power_of_2(count), LEAST_ROWS)
     steps = triton.cdiv(depth, config.depth)
     each = triton.cdiv(steps, config.splits)
@@ -164,8 +176,10 @@ def dense_product(
     stage = (config.features + rows) * config.depth * x.element_size()
     _dense_kernel[(blocks, splits)](
         out, x, weight, weight if bias is None else bias, partial, arrived, *_update_arguments(update, arrived, count),
-        count, x.stride(0), MEMBERS=len(widths), WIDTHS=tuple(widths), N=features, K=depth, BIAS=bias is not None,
-        UPDATE=update is not None, ALIGNED=math.gcd(*widths, FACTOR_ALIGNMENT), ROWS=rows, F=config.features,
+        *_write_arguments(write, arrived, count), count, x.stride(0), MEMBERS=len(widths), WIDTHS=tuple(widths),
+        N=features, K=depth, BIAS=bias is not None, UPDATE=update is not None, DIM=dim,
+        RUN=math.gcd(dim // 2, config.features // 2), PAGE_TOKENS=0 if write is None else write.kv.page_tokens,
+        ALIGNED=math.gcd(*widths, FACTOR_ALIGNMENT), ROWS=rows, F=config.features,
         DEPTH=config.depth, PART=each * config.depth, SPLITS=splits,
         RANKS=max(min(config.ranks, UPDATE_TILE // rows), RANKS),
         EVEN_N=config.even and all(width % config.features == 0 for width in widths),
@@ -188,12 +202,25 @@ def _update_arguments(update: DenseUpdate | None, nothing: Tensor, rows: int) ->
     )  # fmt: skip
 
 
-@kernel(do_not_specialize=[*TILES, "rows", "site", "slots", "tiles", "slices", "z_rows"])
+def _write_arguments(write: KVWrite | None, nothing: Tensor, rows: int) -> tuple[Tensor | int, ...]:
+    """Likewise of a write."""
+    if write is None:
+        return (nothing,) * 5 + (0,) * 2
+    how, kv = write.how, write.kv
+    assert len(write.positions) == len(write.slots) == rows
+    assert how.cos.shape[1] * 2 == kv.head_dim
+    assert kv.planes == 2
+    return write.positions, write.slots, how.cos, how.sin, kv.flat, write.layer, kv.page_stride
+
+
+@kernel(do_not_specialize=[*TILES, "rows", "site", "slots", "tiles", "slices", "z_rows", "layer"])
 def _dense_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     y, x, weight, bias, partial, arrived, z, tile_slot, tile_start, tile_rows, first, count, b, rank, scale, pool,
-    site, slots, tiles, slices, z_rows, z_columns, rows, x_stride,
+    site, slots, tiles, slices, z_rows, z_columns, positions, kv_slots, cos, sin, flat, layer, page_stride, rows,
+    x_stride,
     MEMBERS: tl.constexpr, WIDTHS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
-    UPDATE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, DEPTH: tl.constexpr,
+    UPDATE: tl.constexpr, DIM: tl.constexpr, RUN: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr, DEPTH: tl.constexpr,
     PART: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     PREFETCH: tl.constexpr, LINE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -207,8 +234,13 @@ def _dense_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         width = tl.where(block >= passed, WIDTHS[m], width)
         left = tl.where(block >= passed, (block - passed) * F, left)
         origin = tl.where(block >= passed, gone, origin)
-    column, n, k = left + tl.arange(0, F), tl.arange(0, ROWS), tl.arange(0, DEPTH)
-    feature = tl.multiple_of(origin + left, ALIGNED) + tl.arange(0, F)
+    n, k = tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    if DIM > 0:
+        column = paired_columns(left, F, DIM, RUN)
+        feature = tl.multiple_of(origin, ALIGNED) + column
+    else:
+        column = left + tl.arange(0, F)
+        feature = tl.multiple_of(origin + left, ALIGNED) + tl.arange(0, F)
     begin = split * PART
     if EVEN_N:
         w_row = weight + feature.to(tl.int64)[:, None] * K + begin
@@ -219,8 +251,13 @@ def _dense_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
             _prefetch(w_row + tl.minimum(tl.arange(0, PREFETCH // LINE) * LINE, K - 1 - begin)[None, :])
-        if not UPDATE:
-            tl.extra.cuda.gdc_wait()
+    if DIM > 0:
+        slot = tl.load(kv_slots + n, n < rows, other=-1)
+        angle = rotary_places(left, tl.load(positions + n, n < rows, other=0), F, DIM)
+        if not UPDATE:  # while the kernel in front ends
+            c, s = tl.load(cos + angle), tl.load(sin + angle)
+    if PDL and not UPDATE:
+        tl.extra.cuda.gdc_wait()
 
     if UPDATE:  # the first factors are on their way while the loop runs
         items, per = _items(split, tile_slot, tile_rows, count, site, slots, member, tiles, ROWS, SPLITS)
@@ -242,6 +279,8 @@ def _dense_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         x_at += DEPTH
 
     if UPDATE:
+        if DIM > 0:
+            c, s = tl.load(cos + angle), tl.load(sin + angle)
         if PDL:
             tl.extra.cuda.gdc_wait()
         for item in tl.range(0, items, RANKS // 16, num_stages=1):
@@ -268,8 +307,14 @@ def _dense_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     fits = column < width
     if BIAS:
         acc += tl.load(bias + feature, fits, other=0.0).to(tl.float32)[:, None]
-    to = y + n.to(tl.int64)[None, :] * N + feature[:, None]
-    tl.store(to, acc.to(y.dtype.element_ty), (n < rows)[None, :] & fits[:, None])
+    if DIM > 0:
+        write_heads(
+            acc, c, s, y, flat, member, left, width, n, rows, slot, layer, page_stride, N, DIM, PAGE_TOKENS,
+            WIDTHS[1] // DIM,
+        )  # fmt: skip
+    else:
+        to = y + n.to(tl.int64)[None, :] * N + feature[:, None]
+        tl.store(to, acc.to(y.dtype.element_ty), (n < rows)[None, :] & fits[:, None])
 
 
 @kernel()

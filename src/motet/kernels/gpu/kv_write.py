@@ -11,7 +11,9 @@ Semantics (reference: `motet.kernels.kv_write.rotary_kv_write_torch`), for row t
     positions, slots: [T] int32, rows with a negative slot (padding) are left alone; cos, sin: [max positions, D / 2],
     norm weights [D] and temperature [max positions] float32. The arithmetic is float32.
 
-A program takes HEADS heads of one row.
+A program takes HEADS heads of one row. That is a launch of its own, so a product of few rows (`dense`) ends with the
+same work where `KVWrite.fusible`: heads without norms and temperature, rotated by halves. Norms would need whole heads
+in one program, and sums over them in one order. Both ways leave the same bits in q and in the pages.
 """
 
 from __future__ import annotations
@@ -39,20 +41,35 @@ class QueryKey:
     temperature: Tensor | None = None
 
 
-def rotary_kv_write(
-    qkv: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    how: QueryKey,
-    kv: KVLayout,
-    layer: int,
-    num_heads: int,
-    *,
-    pdl: bool = False,
-) -> None:
-    """`layer` is the index in the layer's KV group; see the module's semantics."""
+@dataclass(frozen=True)
+class KVWrite:
+    """What becomes of a step's q k v in a layer; see the module's semantics. `layer` is its index in its KV group."""
+
+    positions: Tensor
+    slots: Tensor
+    how: QueryKey
+    kv: KVLayout
+    layer: int
+    num_heads: int
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Columns of q, k and v."""
+        dim, kv_heads = self.kv.head_dim, self.kv.num_kv_heads
+        return self.num_heads * dim, kv_heads * dim, kv_heads * dim
+
+    @property
+    def fusible(self) -> bool:
+        """Whether the product that gives q k v can do it."""
+        how = self.how
+        return not how.interleaved and how.q_norm is None and how.temperature is None
+
+
+def rotary_kv_write(qkv: Tensor, write: KVWrite, *, pdl: bool = False) -> None:
+    """In place; see the module's semantics."""
+    how, kv = write.how, write.kv
     rows, dim = qkv.shape[0], kv.head_dim
-    heads = num_heads + 2 * kv.num_kv_heads
+    heads = write.num_heads + 2 * kv.num_kv_heads
     assert qkv.shape[1] == heads * dim
     assert qkv.is_contiguous()
     assert how.cos.shape[1] * 2 == dim
@@ -63,10 +80,11 @@ def rotary_kv_write(
     weights = how.cos if how.q_norm is None else how.q_norm, how.cos if how.k_norm is None else how.k_norm
     temperature = how.cos if how.temperature is None else how.temperature
     _rotary_kv_write_kernel[(rows, -(-heads // HEADS))](
-        qkv, positions, slots, how.cos, how.sin, *weights, temperature, kv.flat, layer, kv.page_stride, how.eps,
-        NUM_HEADS=num_heads, NUM_KV_HEADS=kv.num_kv_heads, DIM=dim, PAGE_TOKENS=kv.page_tokens,
-        INTERLEAVED=how.interleaved, NORMS=how.q_norm is not None, TEMPERATURE=how.temperature is not None,
-        HEADS=HEADS, HALF=triton.next_power_of_2(dim // 2), num_warps=4, **launch_options(pdl),
+        qkv, write.positions, write.slots, how.cos, how.sin, *weights, temperature, kv.flat, write.layer,
+        kv.page_stride, how.eps, NUM_HEADS=write.num_heads, NUM_KV_HEADS=kv.num_kv_heads, DIM=dim,
+        PAGE_TOKENS=kv.page_tokens, INTERLEAVED=how.interleaved, NORMS=how.q_norm is not None,
+        TEMPERATURE=how.temperature is not None, HEADS=HEADS, HALF=triton.next_power_of_2(dim // 2), num_warps=4,
+        **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -112,7 +130,7 @@ def _rotary_kv_write_kernel(  # type: ignore[no-untyped-def]
     if TEMPERATURE:
         factor = tl.where(is_query, tl.load(temperature + position), 1.0)
         ra, rb = ra * factor, rb * factor
-    ra, rb = ra * c - rb * s, rb * c + ra * s
+    ra, rb = _rotate(ra, rb, c, s)
     a, b = tl.where(is_value, a, ra), tl.where(is_value, b, rb)
 
     HEAD_STRIDE: tl.constexpr = PAGE_TOKENS * DIM
@@ -127,3 +145,60 @@ def _rotary_kv_write_kernel(  # type: ignore[no-untyped-def]
     else:
         tl.store(target + pair, a.to(qkv.dtype.element_ty), inside)
         tl.store(target + DIM // 2 + pair, b.to(qkv.dtype.element_ty), inside)
+
+
+@kernel()
+def _rotate(a, b, c, s):  # type: ignore[no-untyped-def]
+    """Multiply-adds are spelled out, so that no compiler rounds one kernel's otherwise than another's."""
+    return tl.fma(a, c, -(b * s)), tl.fma(b, c, a * s)
+
+
+@kernel()
+def paired_columns(left, F: tl.constexpr, DIM: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which columns of q, k or v a block of F is, as `write_heads` takes it: the first elements of F / 2 pairs that
+    rotate, then the second. They begin where the first `left` columns have theirs, and come in runs of RUN."""
+    pair, side = _pairs(left, F) + tl.arange(0, F) % (F // 2), tl.arange(0, F) // (F // 2)
+    column = pair // (DIM // 2) * DIM + pair % (DIM // 2) + side * (DIM // 2)
+    return tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
+
+
+@kernel()
+def rotary_places(left, position, F: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where cos and sin of such a block's pairs are, [F / 2, ROWS], for rows at `position`."""
+    pair = _pairs(left, F) + tl.arange(0, F // 2)
+    return tl.maximum(position, 0).to(tl.int64)[None, :] * (DIM // 2) + (pair % (DIM // 2))[:, None]
+
+
+@kernel()
+def write_heads(  # type: ignore[no-untyped-def]
+    acc, c, s, y, flat, member, left, width, n, rows, slot, layer, page_stride,
+    N: tl.constexpr, DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """The end of a product: its sums acc [F, ROWS] of `paired_columns` of q, k or v (`member` 0, 1, 2), rotated by
+    c, s [F / 2, ROWS], to the rows n of y or to their slots. They are rounded first, as when y is between the two."""
+    F: tl.constexpr = acc.shape[0]
+    HALF: tl.constexpr = DIM // 2
+    HEAD_STRIDE: tl.constexpr = PAGE_TOKENS * DIM
+    PLANE: tl.constexpr = KV_HEADS * HEAD_STRIDE
+    x = acc.to(y.dtype.element_ty).to(tl.float32)
+    a, b = tl.split(tl.permute(tl.reshape(x, (2, F // 2, acc.shape[1])), (1, 2, 0)))
+    ra, rb = _rotate(a, b, c, s)
+    is_query, there = member == 0, slot >= 0
+    rotates = (member < 2) & there[None, :]
+    a, b = tl.where(rotates, ra, a), tl.where(rotates, rb, b)
+
+    place = (slot // PAGE_TOKENS).to(tl.int64) * page_stride + (slot % PAGE_TOKENS) * DIM
+    place += layer.to(tl.int64) * (2 * PLANE) + (member - 1) * PLANE
+    pair = _pairs(left, F) + tl.arange(0, F // 2)
+    row = tl.where(is_query, n.to(tl.int64) * N, place)
+    column = pair // HALF * tl.where(is_query, DIM, HEAD_STRIDE) + pair % HALF
+    to = tl.where(is_query, y, flat) + row[None, :] + column[:, None]
+    inside = ((n < rows) & (is_query | there))[None, :] & (pair < width // 2)[:, None]
+    tl.store(to, a.to(y.dtype.element_ty), inside)
+    tl.store(to + HALF, b.to(y.dtype.element_ty), inside)
+
+
+@kernel()
+def _pairs(left, F: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many pairs the columns before `left`, a multiple of F, have."""
+    return tl.multiple_of(left // 2, F // 2)
