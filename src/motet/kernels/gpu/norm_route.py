@@ -155,15 +155,21 @@ def _norm_scores_kernel(  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_wait()
         if LAUNCH == 2:
             tl.extra.cuda.gdc_launch_dependents()
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = row * WIDTH + column
-        s = tl.load(x + at, inside, other=0.0).to(tl.float32) + tl.load(residual + at, inside, other=0.0)
+    step = tl.num_programs(0)
+    at = tl.program_id(0) * WIDTH + column
+    branch, before = tl.load(x + at, inside, other=0.0), tl.load(residual + at, inside, other=0.0)
+    for row in range(tl.program_id(0), rows, step):
+        s = branch.to(tl.float32) + before
+        at, coming = row * WIDTH + column, inside & (row + step < rows)
+        branch = tl.load(x + at + step * WIDTH, coming, other=0.0)
+        before = tl.load(residual + at + step * WIDTH, coming, other=0.0)
         norm = tl.rsqrt(tl.sum(s * s, 0) / WIDTH + eps)
         v = (s * norm * scale).to(y.dtype.element_ty)
-        tl.store(total + at, s, inside & (part == 0))
-        tl.store(y + at, v, inside & (part == 0))
         score = tl.sum(w.to(tl.float32) * v.to(tl.float32)[None, :], 1) + shift
         tl.store(scores + row * E + expert, score.to(scores.dtype.element_ty), fits)
+        if part == 0:
+            tl.store(y + at, v, inside)
+            tl.store(total + at, s, inside)
 
 
 @kernel(do_not_specialize=["rows", "capacity"])
