@@ -12,13 +12,16 @@ from motet.kernels.attention import Heads
 from motet.kernels.gpu.attention import DecodeBatch, DecodeWorkspace, decode_attention
 from motet.kernels.gpu.dense import DenseConfig, arrivals, dense_product
 from motet.kernels.gpu.latent_attention import decode_workspace, latent_decode
+from motet.kernels.gpu.norm_route import norm_route
 from motet.kernels.latent_attention import LatentHeads
+from motet.kernels.route import RoutingRule
 from motet.types import FULL, KVGroup
 from tests.kernels.gpu.test_dense import make_update, make_write, operands
 from tests.kernels.gpu.test_kv_write import make_kv
 from tests.kernels.gpu.test_latent_attention import make_batch
 from tests.kernels.gpu.test_latent_attention import make_kv as make_latent_kv
 from tests.kernels.gpu.test_lora import make_table
+from tests.kernels.gpu.test_norm_route import EPS, Case, make_slots, make_work
 
 REPLAYS = 10_000
 
@@ -104,3 +107,26 @@ def test_heads_are_written_alike(slots: list[int]) -> None:
         return torch.cat([out.flatten(), write.kv.flat])
 
     assert count_differences(multiply) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 13, 64])
+def test_the_last_of_the_router_sees_all_scores(rows: int) -> None:
+    """It follows a product whose parts are counted by the same counters, and may start before that has ended."""
+    rule, config = RoutingRule(4, normalise=True), DenseConfig(depth=16, splits=7)
+    case, slots = Case(rows, 2880, 32, torch.bfloat16, "cuda", biased=True), make_slots(rows, 5, "cuda")
+    x, weight, bias = operands(rows, 130, 2880, torch.bfloat16, "cuda")
+    work = make_work(case, rule, slots)
+    sorted_pairs = [part for part in vars(work).values() if isinstance(part, Tensor)]
+
+    def route() -> Tensor:
+        for part in sorted_pairs:
+            part.fill_(-77)
+        branch = torch.full_like(case.x, torch.nan)
+        dense_product(x, weight, bias, branch, case.arrived, config, pdl=True)
+        found = norm_route(
+            branch, case.residual, case.weight, EPS, case.router, case.bias, rule, slots, work, None, case.arrived,
+            pdl=True,
+        )  # fmt: skip
+        return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (*found, *sorted_pairs)])
+
+    assert count_differences(route) == 0

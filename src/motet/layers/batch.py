@@ -23,6 +23,8 @@ Matrix = Any
 """A weight [N, K] in the form in which a device multiplies by it."""
 ExpertSet = Any
 """The weights of a layer's experts, likewise."""
+Routing = Any
+"""Router scores [T, E], or what a device made of them for its experts."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ class Batch(Protocol):
     def norm_columns(self, x: Tensor, weight: Tensor, eps: float) -> None:
         """RMSNorm of the first len(weight) columns of x, in place."""
 
+    def norm_route(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, router: LinearMap, rule: RoutingRule
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """What `norm` gives, and how the normalised rows are routed."""
+
     def linear(self, x: Tensor, linear: LinearMap) -> Tensor:
         """x [T, K] to [T, sum(widths)], adapters included."""
 
@@ -124,13 +131,13 @@ class Batch(Protocol):
     def experts(
         self,
         x: Tensor,
-        scores: Tensor,
+        routing: Routing,
         rule: RoutingRule,
         experts: ExpertSet,
         site: int,
         shared: Tensor | None,
     ) -> Branch:
-        """The mixture of experts for router scores [T, E], plus `shared` [T, H].
+        """The mixture of experts that `norm_route` chose, plus `shared` [T, H].
 
         Expert e's gate, up and down are table sites `site + 3·e` and the two after it.
         """

@@ -73,6 +73,12 @@ class CpuBatch:
     def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return add_rms_norm(x, residual, weight, eps)
 
+    def norm_route(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, router: LinearMap, _rule: RoutingRule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, residual = self.norm(x, residual, weight, eps)
+        return x, residual, self.linear(x, router)
+
     def norm_columns(self, x: Tensor, weight: Tensor, eps: float) -> None:
         head_rms_norm(x, 0, 1, weight, eps)
 
@@ -135,10 +141,16 @@ class CpuBatch:
         return v.flatten(1)
 
     def experts(
-        self, x: Tensor, scores: Tensor, rule: RoutingRule, experts: Experts, site: int, shared: Tensor | None
+        self,
+        x: Tensor,
+        routing: Tensor,
+        rule: RoutingRule,
+        experts: Experts,
+        site: int,
+        shared: Tensor | None,
     ) -> Tensor:
         lora = None if self.lora is None else ExpertLora(self.lora.table, site, self.lora.slots)
-        out = moe(x, scores, rule, experts, lora)
+        out = moe(x, routing, rule, experts, lora)
         return out if shared is None else out.add_(shared)
 
 

@@ -48,7 +48,6 @@ class Decoder:
             if layer is self.layers[-1]:
                 x, residual, batch = batch.wanted(x, residual)
             x = batch.linear(x, layer.attention.out)
-            x, residual = batch.norm(x, residual, layer.mlp_norm, self.eps)
-            x = layer.mlp(x, batch)
+            x, residual = layer.mlp.normed(x, residual, layer.mlp_norm, self.eps, batch)
         x, _ = batch.norm(x, residual, self.norm, self.eps)
         return batch.linear(x, self.head)

@@ -33,6 +33,7 @@ from motet.kernels.gpu.moe import FEW_TILES, ExpertWeights, ProductConfig, produ
 from motet.kernels.gpu.moe_lora import ExpertUpdate
 from motet.kernels.gpu.mxfp4 import Mxfp4
 from motet.kernels.gpu.norm import add_rms_norm
+from motet.kernels.gpu.norm_route import norm_route, norm_scores, takes
 from motet.kernels.gpu.per_head import per_head
 from motet.kernels.gpu.route import Sorted, route
 from motet.kernels.gpu.tuned import tuned
@@ -144,6 +145,39 @@ class GpuBatch:
             return y, residual
         return add_rms_norm(x, residual, weight, eps, pdl=self.pdl)
 
+    def norm_route(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, router: LinearMap, rule: RoutingRule
+    ) -> tuple[Tensor, Tensor, Sorted]:
+        """Few rows take one launch, or two and the update where a row may carry an adapter on the router."""
+        matrix, bias, slots = router.weight, router.bias, None if self.lora is None else self.lora.slots
+        rows = tile_rows(len(x), rule.top_k, len(matrix))
+        adapters = 0 if self.lora is None else self.lora.adapters
+        work = Sorted.empty(len(x), rule.top_k, len(matrix), rows, adapters, x.device)
+        if not takes(len(x), rule, matrix):
+            y, residual = self.norm(x, residual, weight, eps)
+            scores = self.linear(y, router)
+        elif self.lora is None or router.site in self.lora.idle:
+            y, residual, _ = norm_route(
+                x,
+                residual,
+                weight,
+                eps,
+                matrix,
+                bias,
+                rule,
+                slots,
+                work,
+                self.rows,
+                self.arrived,
+                pdl=self.pdl,
+            )
+            return y, residual, work
+        else:
+            y, residual, scores = norm_scores(x, residual, weight, eps, matrix, bias, pdl=self.pdl)
+            self._expand(scores, self._shrunk(y, router))
+        route(scores, rule, slots, work, self.rows, pdl=self.pdl)
+        return y, residual, work
+
     def norm_columns(self, x: Tensor, weight: Tensor, eps: float) -> None:
         columns = x[:, : len(weight)]
         columns.copy_(torch.nn.functional.rms_norm(columns.float(), weight.shape, weight, eps))
@@ -155,8 +189,7 @@ class GpuBatch:
         if not _few(x):
             assert write is None
             y = torch.nn.functional.linear(x, linear.weight, linear.bias)
-            if self.lora is not None and (u := update) is not None:
-                lora.lora_expand(y, u.table, u.site, u.widths, u.tiles, u.z, self.lora.config, pdl=self.pdl)
+            self._expand(y, update)
             return y
         features, depth = linear.weight.shape
         y = x.new_empty(len(x), features)
@@ -175,6 +208,11 @@ class GpuBatch:
         z = lora.shrunk(len(x), x.shape[1], columns, config, x.device)
         lora.lora_shrink(x, table, how.site, len(how.widths), tiles, z, config, pdl=self.pdl)
         return DenseUpdate(table, how.site, how.widths, tiles, z)
+
+    def _expand(self, y: Tensor, u: DenseUpdate | None) -> None:
+        """Add the update to y, if there is one."""
+        if self.lora is not None and u is not None:
+            lora.lora_expand(y, u.table, u.site, u.widths, u.tiles, u.z, self.lora.config, pdl=self.pdl)
 
     def wanted(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, GpuBatch]:
         if self.all_wanted:
@@ -232,19 +270,13 @@ class GpuBatch:
     def experts(
         self,
         x: Tensor,
-        scores: Tensor,
+        work: Sorted,
         rule: RoutingRule,
         experts: GpuExperts,
         site: int,
         shared: Tensor | None,
     ) -> Pairs:
-        tokens, count = scores.shape
-        rows = tile_rows(tokens, rule.top_k, count)
-        adapters = 0 if self.lora is None else self.lora.adapters
-        work = Sorted.empty(tokens, rule.top_k, count, rows, adapters, x.device)
-        slots = None if self.lora is None else self.lora.slots
-        route(scores, rule, slots, work, self.rows, pdl=self.pdl)
-        gate_up, down = experts.of(rows)
+        gate_up, down = experts.of(work.rows)
         h = x.new_empty(len(work.order), down.shape[2])
         update = self._update(x, work, site, 2, gather=True)
         product(

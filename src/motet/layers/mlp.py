@@ -21,6 +21,13 @@ class DenseMLP:
         """x [T, H] to [T, H]."""
         return batch.linear(batch.silu_mul(batch.linear(x, self.gate_up)), self.down)
 
+    def normed(
+        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float, batch: Batch
+    ) -> tuple[Branch, Tensor]:
+        """What it adds to the sum of x and residual [T, H], given the RMSNorm of that sum; and the sum."""
+        x, residual = batch.norm(x, residual, norm, eps)
+        return self(x, batch), residual
+
 
 @dataclass(frozen=True)
 class SparseMLP:
@@ -35,8 +42,10 @@ class SparseMLP:
     site: int
     shared: DenseMLP | None = None
 
-    def __call__(self, x: Tensor, batch: Batch) -> Branch:
-        """x [T, H] to what it adds to the residual stream."""
-        scores = batch.linear(x, self.router)
+    def normed(
+        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float, batch: Batch
+    ) -> tuple[Branch, Tensor]:
+        """As `DenseMLP.normed`."""
+        x, residual, routing = batch.norm_route(x, residual, norm, eps, self.router, self.rule)
         shared = None if self.shared is None else self.shared(x, batch)
-        return batch.experts(x, scores, self.rule, self.experts, self.site, shared)
+        return batch.experts(x, routing, self.rule, self.experts, self.site, shared), residual

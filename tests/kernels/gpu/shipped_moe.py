@@ -19,6 +19,7 @@ from motet.kernels.gpu.moe import (
 )
 from motet.kernels.gpu.moe_lora import DECODE, PREFILL, ExpertUpdate, ShrinkConfig, shrink, shrunk
 from motet.kernels.gpu.mxfp4 import Mxfp4
+from motet.kernels.gpu.norm_route import norm_route, norm_scores, takes
 from motet.kernels.gpu.route import ROUTE, RouteConfig, Sorted, route
 from motet.kernels.route import RoutingRule
 
@@ -142,6 +143,29 @@ def routes() -> None:
             route(logits, rule, slots, work, meta(1, dtype=I32), pdl=True)
 
 
+def norm_routes() -> None:
+    """Steps of every size, with adapters and of the base; rules of every kind; the widest rows."""
+    top2 = RoutingRule(
+        8, True, "sigmoid", groups=8, top_groups=4, group_score="top2", bias=meta(256, dtype=F32)
+    )
+    groups, sigmoid = RoutingRule(6, groups=8, top_groups=3), RoutingRule(1, scoring="sigmoid", on_input=True)
+    for width, experts, rule in (
+        (2880, 32, RoutingRule(4, True)), (2048, 128, RoutingRule(8, True)), (4096, 8, RoutingRule(2, True)),
+        (2048, 64, RoutingRule(6)), (5120, 160, groups), (7168, 256, top2), (5120, 16, sigmoid),
+    ):  # fmt: skip
+        router, norm = meta(experts, width), meta(width, dtype=F32)
+        sizes = (1, 2, 4, 8, 16, 24, 48) if experts in (32, 128) else (1, 64)
+        for rows in (min(rows, (1 << 24) // router.numel()) for rows in sizes):
+            assert takes(rows, rule, router)
+            x, residual = meta(rows, width), meta(rows, width, dtype=F32)
+            work = Sorted.empty(rows, rule.top_k, experts, 8, 8, "meta")
+            norm_route(
+                x, residual, norm, 1e-5, router, meta(experts), rule, meta(rows, dtype=I32), work, meta(1, dtype=I32),
+                meta(1024, dtype=I32), pdl=True,
+            )  # fmt: skip
+        norm_scores(x, residual, norm, 1e-5, router, None, pdl=True)
+
+
 def launches() -> None:
     """Default configurations: decode, and prefill of packed and plain experts; every rule of routing."""
     cases = [(GPT_OSS, (1, 16, 64, 1600)), (replace(GPT_OSS, packed=False), (1600,)), (QWEN3, (16, 1600))]
@@ -150,3 +174,4 @@ def launches() -> None:
             for lora in (False, True):
                 layer(shape, one, default_plan(shape, one), lora=lora)
     routes()
+    norm_routes()

@@ -139,27 +139,40 @@ def route(
     if not rows:
         out.counts.zero_()
         return
-    slot_bits = 31 - PAIR_BITS - (num_experts - 1).bit_length()
-    how = {
-        "BIAS": rule.bias is not None, "SLOTS": slots is not None, "PADDED": tokens is not None,
-        "SIGMOID": rule.scoring == "sigmoid", "NORMALISE": rule.normalise, "SCALE": rule.scale,
-        "GROUPS": rule.groups, "TOP_GROUPS": rule.top_groups, "TOP2": rule.group_score == "top2",
-        "E": num_experts, "EP": triton.next_power_of_2(max(num_experts, 2)),
-        "K": rule.top_k, "KP": triton.next_power_of_2(rule.top_k), "SLOT_BITS": slot_bits,
-        "GP": triton.next_power_of_2(rule.groups),
-    }  # fmt: skip
-    given = tuple(out.weight if one is None else one for one in (rule.bias, slots, tokens))
+    given, how = rule_arguments(rule, slots, tokens, num_experts, out)
     start = {"LAUNCH": config.launch if pdl else 0, **launch_options(pdl)}
-    scores = triton.next_power_of_2(rows) * how["EP"]
-    if triton.next_power_of_2(rows) * how["KP"] <= MAX_PAIRS and scores <= MAX_SCORES:
-        warps = min(max(scores // (32 * config.scores), 1), 16)
-        _route_kernel[(1,)](
+    if one_program(rows, rule, num_experts):
+        warps = min(max(triton.next_power_of_2(rows) * how["EP"] // (32 * config.scores), 1), 16)
+        route_kernel[(1,)](
             logits, *given, out.weight, out.order, out.inverse, out.counts, out.tiles, out.segments,
             rows, logits.stride(0), len(out.tiles), TP=triton.next_power_of_2(rows), ROWS=out.rows,
             PAIR_BITS=PAIR_BITS, num_warps=warps, **how, **start,
         )  # fmt: skip
     else:
         _route_many(logits, given, out, how, start)
+
+
+def one_program(rows: int, rule: RoutingRule, num_experts: int) -> bool:
+    """Whether `route_kernel` has room for so many rows."""
+    padded = triton.next_power_of_2(rows)
+    pairs = padded * triton.next_power_of_2(rule.top_k)
+    return bool(pairs <= MAX_PAIRS and padded * triton.next_power_of_2(max(num_experts, 2)) <= MAX_SCORES)
+
+
+def rule_arguments(
+    rule: RoutingRule, slots: Tensor | None, tokens: Tensor | None, num_experts: int, out: Sorted
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What kernels take of a rule, slots and tokens: tensors (`out` stands in for None) and constants."""
+    given = tuple(out.weight if one is None else one for one in (rule.bias, slots, tokens))
+    return given, {
+        "BIAS": rule.bias is not None, "SLOTS": slots is not None, "PADDED": tokens is not None,
+        "SIGMOID": rule.scoring == "sigmoid", "NORMALISE": rule.normalise, "SCALE": rule.scale,
+        "GROUPS": rule.groups, "TOP_GROUPS": rule.top_groups, "TOP2": rule.group_score == "top2",
+        "E": num_experts, "EP": triton.next_power_of_2(max(num_experts, 2)),
+        "K": rule.top_k, "KP": triton.next_power_of_2(rule.top_k),
+        "SLOT_BITS": 31 - PAIR_BITS - (num_experts - 1).bit_length(),
+        "GP": triton.next_power_of_2(rule.groups),
+    }  # fmt: skip
 
 
 def _route_many(
@@ -228,7 +241,9 @@ def _choose(  # type: ignore[no-untyped-def]
         score = tl.where(inside, 1.0 / (1.0 + tl.exp(-g)), 0.0)
     else:
         score = tl.where(inside, tl.exp(g - tl.where(real, tl.max(g, 1), 0.0)[:, None]), 0.0)
-        score = score / tl.where(real, tl.sum(score, 1), 1.0)[:, None]
+        if BIAS or not NORMALISE:  # else it cancels; integers have the same sum in every order
+            total = tl.sum((score * 2.0**40).to(tl.int64), 1).to(tl.float32) * 2.0**-40
+            score = score / tl.where(real, total, 1.0)[:, None]
     choice = g
     if BIAS:
         choice = score + tl.load(bias + column, column < E, other=0.0)
@@ -242,14 +257,17 @@ def _choose(  # type: ignore[no-untyped-def]
     place = tl.arange(0, KP)[None, :]
     weight = tl.zeros((TP, KP), tl.float32)
     expert = tl.zeros((TP, KP), tl.int32)
+    total = tl.zeros((TP,), tl.float32)
     for j in range(K):
         best = tl.argmax(choice, 1)[:, None]
         chosen = column == best
-        weight = tl.where(place == j, tl.sum(tl.where(chosen, score, 0.0), 1)[:, None], weight)
+        found = tl.sum(tl.where(chosen, score, 0.0), 1)
+        total += found
+        weight = tl.where(place == j, found[:, None], weight)
         expert = tl.where(place == j, best, expert)
         choice = tl.where(chosen, -float("inf"), choice)
     if NORMALISE:
-        weight = weight / (tl.sum(weight, 1) + 1e-20)[:, None]
+        weight = weight / (total + 1e-20)[:, None]
     weight = tl.where(real[:, None], weight * SCALE, 0.0)
     key = expert << SLOT_BITS
     if SLOTS:
@@ -321,7 +339,7 @@ def _write_lists(  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _route_kernel(  # type: ignore[no-untyped-def]
+def route_kernel(  # type: ignore[no-untyped-def]
     logits, bias, slots, tokens, weight, order, inverse, counts, tiles, segments, rows, stride, capacity,
     BIAS: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
     SCALE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, E: tl.constexpr,
