@@ -89,7 +89,8 @@ def test_each_part_is_told_of_when_it_is_there(monkeypatch: pytest.MonkeyPatch) 
     with torch.cuda.stream(beside):
         for part, copy in zip(parts, copies, strict=True):
             beside.wait_event(copy)
-            found.append(pool.data[torch.tensor(pages[:part]).pin_memory().to("cuda", non_blocking=True)])
+            where = torch.tensor(pages[:part], dtype=torch.int64).pin_memory()
+            found.append(pool.data[where.to("cuda", non_blocking=True)])
     torch.cuda.synchronize()
     for part, seen in zip(parts, found, strict=True):
         assert np.array_equal(seen.cpu().numpy(), image.pages[:part])
