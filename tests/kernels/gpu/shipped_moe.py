@@ -154,7 +154,7 @@ def norm_routes() -> None:
         (2048, 64, RoutingRule(6)), (5120, 160, groups), (7168, 256, top2), (5120, 16, sigmoid),
     ):  # fmt: skip
         router, norm = meta(experts, width), meta(width, dtype=F32)
-        sizes = (1, 2, 4, 8, 16, 24, 48) if experts in (32, 128) else (1, 64)
+        sizes = (1, 8, 16, 24, 48) if experts in (32, 128) else (64,)
         for rows in (min(rows, (1 << 24) // router.numel()) for rows in sizes):
             assert takes(rows, rule, router)
             x, residual = meta(rows, width), meta(rows, width, dtype=F32)

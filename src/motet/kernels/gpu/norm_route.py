@@ -18,7 +18,8 @@ A row's bits depend on the row and the configuration, which follows from E and H
 many there are, nor on whether rows are sorted here or have their scores updated by adapters first (`norm_scores`).
 
 Norm weights, router and its bias are read before waiting for the kernel in front: no kernel of the same chain may write
-them. The next kernel may start any time: the first that comes after route waits before it reads, which `moe` needs.
+them. The next kernel may start at any time. Whatever follows waits before it reads what this one wrote, but for the
+expert product with updates; and in front of that comes shrink, which starts it after its own wait.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ LEAST_SORTED = 4
 
 @dataclass(frozen=True)
 class NormRouteConfig:
-    """How the kernel is compiled: `experts` of a program, warps, `programs` at most (each takes several rows then), and
-    when the next kernel may start (`launch`, see `moe.ProductConfig`; 3: when all scores are stored)."""
+    """How the kernel is compiled: `experts` of a program, warps, and when the next kernel may start (`launch`, see
+    `moe.ProductConfig`; 3: when all scores are stored). More `programs`, of which a multiprocessor has registers for
+    one, take several rows each."""
 
     experts: int
     warps: int = 8
-    programs: int = 264
+    programs: int = 132
     launch: int = 2
 
     def __post_init__(self) -> None:

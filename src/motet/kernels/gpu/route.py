@@ -8,12 +8,12 @@ by (expert, adapter slot, pair); those of padding tokens (t >= tokens[0]) come l
 All results have a fixed capacity, `Sorted.empty` says which; nothing is read back to the host. Of equal scores the
 lower expert wins.
 
-Up to MAX_PAIRS pairs of up to MAX_SCORES scores take one launch of one program, which also sorts. More take three, of
-many programs each: choose finds the experts of some tokens, rank the places of some pairs, layout what begins or ends
-at some places. A pair's place is the number of pairs before it, and a program of rank compares its pairs with all: it
-needs nothing from another. The ends of experts are ranked alike. From them layout knows the tiles before any place; the
-segments before it are counted, only its own are scanned. Torch would sort in a dozen launches, but rank's work grows
-with the square of the pairs: above MAX_RANKED of them torch does.
+Up to MAX_PAIRS pairs of up to MAX_SCORES scores take one launch of one program, which also sorts, or the last program
+of `norm_route`. More take three launches of many programs: choose finds the experts of some tokens, rank the places of
+some pairs, layout what begins or ends at some places. A pair's place is the number of pairs before it, and a program of
+rank compares its pairs with all: it needs nothing from another. The ends of experts are ranked alike. From them layout
+knows the tiles before any place; the segments before it are counted, only its own are scanned. Torch would sort in a
+dozen launches, but rank's work grows with the square of the pairs: above MAX_RANKED of them torch does.
 """
 
 from __future__ import annotations
