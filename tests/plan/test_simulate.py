@@ -123,26 +123,31 @@ def test_simulating_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapters", "waves", "otps", "ttft_ms", "tokens_per_s"),
-    [(8, 4, 176, 35.1, 2660), (0, 3, 205.4, 29.6, 3038)],
+    ("name", "adapters", "waves", "otps", "ttft_ms", "tokens_per_s"),
+    [
+        ("h200-gpt-oss-20b", 8, 4, 176, 35.1, 2660),
+        ("h200-gpt-oss-20b", 0, 3, 205.4, 29.6, 3038),
+        ("h200-llama-3.1-8b", 8, 4, 121.8, 55.6, 1817),
+        ("h200-llama-3.1-8b", 0, 3, 140.9, 47.6, 2053),
+    ],
 )
-def test_the_h200_curve_predicts_closed_loops_that_it_was_not_fitted_to(
-    adapters: int, waves: int, otps: float, ttft_ms: float, tokens_per_s: float
+def test_curves_predict_closed_loops_that_they_were_not_fitted_to(
+    name: str, adapters: int, waves: int, otps: float, ttft_ms: float, tokens_per_s: float
 ) -> None:
     """`motet bench`'s cases steady and base: 16 requests in flight, the first wave staggered, 1,600 and 600 tokens."""
-    curve = find_curve("h200-gpt-oss-20b", None, "H200")
+    curve = find_curve(name, None, "H200")
     fleet = Fleet.of(curve, sizes_of(curve.config, curve.model), find_gpu("H200"))
     costs = {f"a{i}": fleet.adapter(FineTune(f"a{i}", 1.0, 1600, 600, rank=32)) for i in range(adapters)}
     left = iter(range(16, 16 * waves))
 
-    def name(i: int) -> str:
+    def model(i: int) -> str:
         return f"a{i % adapters}" if adapters else ""
 
     def after(now: float) -> Arrival | None:
         i = next(left, None)
-        return None if i is None else Arrival(now, name(i), 1600, 600)
+        return None if i is None else Arrival(now, model(i), 1600, 600)
 
-    first = [Arrival(0.0, name(i), 1600, 600 * (i + 1) // 16) for i in range(16)]
+    first = [Arrival(0.0, model(i), 1600, 600 * (i + 1) // 16) for i in range(16)]
     outcome = simulate(fleet.replica, costs, first, after)
     tpot = mean(1 / one.otps for one in outcome.served)
     assert 1 / tpot == pytest.approx(otps, rel=0.05)
