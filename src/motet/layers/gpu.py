@@ -285,16 +285,8 @@ class GpuBatch:
         )  # fmt: skip
         update = self._update(h, work, site + 2, 1, gather=False)
         out = x.new_empty(len(work.order), x.shape[1])
-        product(
-            h,
-            down,
-            work,
-            out,
-            _expert_config(down, 1, work),
-            gather=False,
-            update=update,
-            pdl=self.pdl,
-        )
+        config = _expert_config(down, 1, work)
+        product(h, down, work, out, config, gather=False, update=update, pdl=self.pdl)
         return Pairs(out, x.dtype, work, shared, weighed=rule.on_input)
 
     def _update(self, x: Tensor, work: Sorted, site: int, sides: int, gather: bool) -> ExpertUpdate | None:
