@@ -2,8 +2,8 @@
 
 Time. Each tenant has a virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", 2024): the
 cost of what it was served, divided by its weight. Of those who want something the tenant with the lowest counter comes
-first, and within a tenant the adapter with the lowest. A higher priority class always comes first. Nobody is held back
-while there is room, but for the rest of some steps, see below; the device is never idle for fairness' sake. Requests
+first, and within a tenant the adapter with the lowest. A higher priority class always comes first. But for the rest of
+some steps (below) nobody is held back while there is room, so the device is never idle for fairness' sake. Requests
 without a tenant are not told apart: all of them are one flow in the order of arrival, as are those of one tenant with
 one adapter.
 
@@ -19,13 +19,14 @@ step on (S), and who runs is decoded to the end whatever its counter (R).
 Credit. Who was away comes back with the counter that it left with, or C less than the lowest of those who are there:
 what it did not ask for it may have later, up to C. (The lowest, once reached, does not fall: newcomers do not pull each
 other down.) Without that, a tenant that asks for little shares the steps of a prompt with those who always ask: with
-prompts of four steps its p95 time to first token was 1.8 to 2.9 times that of being alone. C is sixteen steps: three
-prompts of seven steps in a row use up eight, and with these it was 1.4 to 1.9 times, with sixteen 1.1 to 1.4.
+prompts of four steps its p95 time to first token was 1.8 to 2.9 times that of being alone. C is the cost of sixteen
+steps of prompts: eight were used up by the second of two prompts of seven steps, and the p95 was 1.4 to 1.9 times that
+of being alone; now it is 1.2 to 1.4 (docs/fairness.md).
 
-Rest. A prompt seldom ends just where a step does. Who waits for that end, with nothing more to ask for and more than a
-step's cost before it is the turn of the next tenant of its class, is not kept waiting by others' prompts in the rest of
-the step: it is left empty, and ends sooner. Decode rows come first in every step and are not held back. What is left
-empty is at most one token for 25 computed, and REST_STEPS steps: nobody's service falls behind by more.
+Rest. A prompt seldom ends just where a step does. If its tenant has nothing else that waits, and is more than a step's
+cost ahead of the next one of its class, the rest of the step is not filled with prompts of others: left empty, it ends
+sooner. Decode rows come first in every step, so they go on. The bound stands, for who has nothing that waits is none of
+the two. For 25 tokens that are computed one may be left empty, and REST_STEPS steps of these be saved up.
 
 Space. When a request in its turn lacks a place or pages, sequences of lower classes give way, then those of tenants
 whose turn is later and that hold more than it would: of the tenant with the largest dominant share (Ghodsi et al.,
