@@ -47,13 +47,21 @@ CONFIG = EngineConfig(
 
 
 _turns = count(1)
-QUIET_TENANT = Tenant(QUIET, lambda r: Wish(r.randint(700, 1100), r.randint(2, 8), "tenant-0"), rate=0.5)
 AGGRESSORS = (
     Tenant("many short requests", lambda r: Wish(r.randint(20, 80), 8), in_flight=60),
     Tenant("few huge prompts", lambda r: Wish(r.randint(1500, 1900), 8), in_flight=4),
     Tenant("long outputs", lambda r: Wish(50, r.randint(100, 200)), in_flight=40),
     Tenant("adapter thrash", lambda _: Wish(40, 4, f"tenant-{1 + next(_turns) % COLD}"), in_flight=40),
 )
+
+
+def quiet_tenant(prompt: int) -> Tenant:
+    """With prompts of some so many tokens: 450 a second."""
+
+    def wish(rng: random.Random) -> Wish:
+        return Wish(rng.randint(prompt * 7 // 9, prompt * 11 // 9), rng.randint(2, 8), "tenant-0")
+
+    return Tenant(QUIET, wish, rate=450 / prompt)
 
 
 class Run:
@@ -178,18 +186,20 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=30.0, help="of each first run; fair ones take twice as long"
     )
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--prompt", type=int, default=900, help="tokens of the quiet tenant's prompts")
+    options = parser.parse_args()
+    seconds, quiet = options.seconds, quiet_tenant(options.prompt)
     with tempfile.TemporaryDirectory() as folder:
         engine, digests = start(Path(folder))
-        Run(engine, digests, [QUIET_TENANT], True).serve(10)
-        alone = Run(engine, digests, [QUIET_TENANT], True).serve(2 * seconds)
+        Run(engine, digests, [quiet], True).serve(10)
+        alone = Run(engine, digests, [quiet], True).serve(2 * seconds, FILLING)  # the same requests
         own = p95(alone.ttft[QUIET])
         print(f"Alone, p95 TTFT {1e3 * own:.0f} ms of {len(alone.ttft[QUIET])} requests.", flush=True)
         print(
             "| beside | first come first served | fair | × alone | throughput, × FCFS |\n|---|---|---|---|---|"
         )
         for aggressor in AGGRESSORS:
-            tenants = [QUIET_TENANT, aggressor]
+            tenants = [quiet, aggressor]
             runs = [
                 Run(engine, digests, tenants, fair).serve((1 + fair) * seconds, FILLING)
                 for fair in (False, True)

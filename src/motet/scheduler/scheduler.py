@@ -30,7 +30,7 @@ from motet.errors import AdapterLoadFailed, InvalidRequest
 from motet.scheduler.admission import check_capacity, check_length
 from motet.scheduler.blocks import BlockTables, KVLayout
 from motet.scheduler.cost import progress_cost
-from motet.scheduler.fairness import youngest
+from motet.scheduler.fairness import Rest, youngest
 from motet.scheduler.loads import Loads
 from motet.scheduler.sequence import SequenceState
 from motet.scheduler.stage import Stage
@@ -75,6 +75,7 @@ class Scheduler:
             self._layout, num_pages, config.max_running, config.prefix_caching, config.max_resident
         )
         self._loads = Loads(self._stage, config.page_tokens, config.max_step_tokens)
+        self._rest = Rest(config.max_step_tokens)
         self._residency = self._stage.room.residency
         self._waiting = self._stage.waiting
         self._by_request: dict[str, SequenceState] = {}
@@ -223,6 +224,7 @@ class Scheduler:
         for chunk in plan.chunks:
             self._advance(self._by_id[chunk.seq], chunk)
         self._charge(plan)
+        self._rest.count(plan.num_tokens, step.rest)
         return plan
 
     def commit(self, plan: Plan, sampled: Sequence[Sampled]) -> list[SeqOutput]:
@@ -279,7 +281,7 @@ class Scheduler:
                 if not self._serve_waiting(asker, step):
                     asking.close()
                 asker = next(asking, None)
-            if step.budget > 0 and prompt.is_running:
+            if step.budget > 0 and prompt.is_running and not self._leave_rest(prompt, step):
                 self._continue(prompt, step)
         for seq in asking if asker is None else chain((asker,), asking):
             if not self._serve_waiting(seq, step):
@@ -291,7 +293,7 @@ class Scheduler:
             return True
         if not self._residency.is_ready(seq.adapter):
             served = self._loads.is_busy or self._loads.begin(seq, step)
-        elif self._may_run(seq, step):
+        elif self._may_run(seq, step) and not self._leave_rest(seq, step):
             served = self._admit(seq, step) or not self._stage.has_place
         else:
             return True
@@ -300,6 +302,17 @@ class Scheduler:
         self._waiting.pass_over(seq)
         step.lacking += 1
         return not self._waiting.is_starving(seq) and step.lacking < LOOKAHEAD
+
+    def _leave_rest(self, seq: SequenceState, step: Step) -> bool:
+        """Leave the rest of the step to nobody, if whose prompt ends with it should have that rather than `seq`."""
+        if step.ending is None:
+            return False
+        ending = self._by_id[step.ending]
+        lead = self._stage.ledger.lead(ending, seq)
+        if self._waiting.has_more_of(ending) or not self._rest.may_be_left(step.budget, lead):
+            return False
+        step.leave_rest()
+        return True
 
     def _may_run(self, seq: SequenceState, step: Step) -> bool:
         """Are there rows left, and a place or somebody who might give way?"""

@@ -21,7 +21,7 @@ WAYS = 8  # tenants for which a step looks in vain who must give way: a search t
 MAX_PINNED_SHARE = 0.5  # of the pool's pages: the rest must do for KV cache and all other adapters
 
 
-CREDIT_STEPS = 8
+CREDIT_STEPS = 16
 """The cost of so many steps of prompts a tenant may be ahead of others when it comes back."""
 
 

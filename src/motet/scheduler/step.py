@@ -12,12 +12,15 @@ from motet.types import Chunk, Load, Plan
 class Step:
     """`budget` is how many tokens may still be added, `lacking` how many requests asked for pages in vain.
 
+    `ending` is the sequence whose prompt was the last to end with it, `rest` how many tokens are left empty for it.
     `headroom` is how many pages those who run may soon ask for, `standings` what each tenant holds; None if that has
     to be counted anew. `vain` are the wants for which nobody was found who must give way, `no_way` the class and tenant
     of each that found nobody: what it lacks is not given to its next one instead.
     """
 
     budget: int
+    ending: int | None = None
+    rest: int = 0
     headroom: int | None = None
     standings: Standings | None = None
     lacking: int = 0
@@ -29,12 +32,20 @@ class Step:
     def add(self, chunk: Chunk) -> None:
         self.budget -= len(chunk.tokens)
         self._chunks[chunk.seq] = chunk
+        if chunk.sample and len(chunk.tokens) > 1:
+            self.ending = chunk.seq
+
+    def leave_rest(self) -> None:
+        """No prompt gets more of it."""
+        self.rest, self.budget = self.budget, 0
 
     def drop(self, seq: int) -> None:
         """This sequence has lost its pages: what was to be computed of it no longer is."""
         self.headroom = self.standings = None
         if chunk := self._chunks.pop(seq, None):
             self.budget += len(chunk.tokens)
+        if self.ending == seq:
+            self.ending = None
 
     def plan(self, evictions: tuple[str, ...], remakes: tuple[str, ...]) -> Plan:
         return Plan(evictions, tuple(self.loads), tuple(self._chunks.values()), remakes)

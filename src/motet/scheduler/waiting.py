@@ -86,6 +86,10 @@ class WaitingQueue:
             self._starving.remove(seq)
         self._len -= 1
 
+    def has_more_of(self, seq: SequenceState) -> bool:
+        """Does somebody else of its tenant wait?"""
+        return _key(seq) in self._by_tenant
+
     def group(self, adapter: str) -> tuple[SequenceState, ...]:
         """All that wait with this adapter."""
         return tuple(seq for queue in self._by_adapter.get(adapter, {}).values() for seq in queue)
