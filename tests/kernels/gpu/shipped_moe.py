@@ -19,7 +19,7 @@ from motet.kernels.gpu.moe import (
 )
 from motet.kernels.gpu.moe_lora import DECODE, PREFILL, ExpertUpdate, ShrinkConfig, shrink, shrunk
 from motet.kernels.gpu.mxfp4 import Mxfp4
-from motet.kernels.gpu.norm_route import norm_route, norm_scores, takes
+from motet.kernels.gpu.norm_route import MOST_ROWS, norm_route, norm_scores, takes
 from motet.kernels.gpu.route import ROUTE, RouteConfig, Sorted, route
 from motet.kernels.route import RoutingRule
 
@@ -92,15 +92,10 @@ def default_plan(shape: Shape, tokens: int, rows: int | None = None) -> LayerPla
 def layer(shape: Shape, tokens: int, plan: LayerPlan, *, lora: bool, pdl: bool = True) -> None:
     """One layer's launches, as a step makes them."""
     work = Sorted.empty(tokens, shape.top_k, shape.num_experts, plan.rows, 8 if lora else 0, "meta")
-    route(
-        meta(tokens, shape.num_experts),
-        RoutingRule(shape.top_k, True),
-        meta(tokens, dtype=I32) if lora else None,
-        work,
-        meta(1, dtype=I32),
-        config=plan.route,
-        pdl=pdl,
-    )
+    if tokens > MOST_ROWS:  # fewer are routed with their norm, below
+        slots, real = meta(tokens, dtype=I32) if lora else None, meta(1, dtype=I32)
+        logits, rule = meta(tokens, shape.num_experts), RoutingRule(shape.top_k, True)
+        route(logits, rule, slots, work, real, config=plan.route, pdl=pdl)
     pairs, x = tokens * shape.top_k, meta(tokens, shape.hidden)
     updates: list[ExpertUpdate | None] = [None, None]
     if lora:
@@ -137,7 +132,7 @@ def routes() -> None:
     groups = RoutingRule(3, groups=3, top_groups=2, scale=2.5)
     sigmoid = RoutingRule(1, scoring="sigmoid", on_input=True)
     for rule, experts in ((groups, 12), (top2, 256), (sigmoid, 5)):
-        for tokens in (1, 16, 47, 700):
+        for tokens in (47, 700):
             work = Sorted.empty(tokens, rule.top_k, experts, 8, 8, "meta")
             logits, slots = meta(tokens, experts, dtype=F32), meta(tokens, dtype=I32)
             route(logits, rule, slots, work, meta(1, dtype=I32), pdl=True)
@@ -154,7 +149,7 @@ def norm_routes() -> None:
         (2048, 64, RoutingRule(6)), (5120, 160, groups), (7168, 256, top2), (5120, 16, sigmoid),
     ):  # fmt: skip
         router, norm = meta(experts, width), meta(width, dtype=F32)
-        sizes = (1, 8, 16, 24, 48) if experts in (32, 128) else (64,)
+        sizes = (1, 16, 64) if experts in (32, 128) else (64,)
         for rows in (min(rows, (1 << 24) // router.numel()) for rows in sizes):
             assert takes(rows, rule, router)
             x, residual = meta(rows, width), meta(rows, width, dtype=F32)
