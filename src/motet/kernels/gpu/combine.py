@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from motet.kernels.gpu.jit import kernel, launch_options, tl, triton
+from motet.kernels.gpu.jit import begin, kernel, launch_options, tl, triton
 from motet.kernels.gpu.route import Sorted
 
 
@@ -89,12 +89,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     inside = column < H
     if NORM:
         by_column = tl.load(norm + column, inside, other=0.0)
-    if PDL:
-        if LAUNCH == 1:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        if LAUNCH == 2:
-            tl.extra.cuda.gdc_launch_dependents()
+    begin(LAUNCH, PDL)
     total = tl.load(residual + token * H + column, inside, other=0.0)
     update = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(TOP_K):

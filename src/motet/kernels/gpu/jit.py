@@ -23,6 +23,16 @@ except ImportError:  # a machine without a GPU needs none; kernel bodies only na
     HAVE_TRITON = False
 
 
+class _Missing:
+    """Stands for a kernel that cannot be compiled here."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        raise RuntimeError(f"{self._name} needs Triton, which is not installed")
+
+
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function with Triton at its first launch; `options` go to `triton.jit`."""
 
@@ -43,6 +53,17 @@ def launch_options(pdl: bool) -> dict[str, bool]:
     """
     pdl = pdl and not triton.knobs.runtime.interpret
     return {"PDL": pdl, "launch_pdl": pdl}
+
+
+@kernel()
+def begin(LAUNCH: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the kernel in front; the next one may start before that (LAUNCH 1), after it (2) or not yet."""
+    if PDL:
+        if LAUNCH == 1:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        if LAUNCH == 2:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @contextmanager
@@ -80,14 +101,4 @@ def _seen(argument: Any) -> Any:
     return type(argument), argument
 
 
-class _Missing:
-    """Stands for a kernel that cannot be compiled here."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        raise RuntimeError(f"{self._name} needs Triton, which is not installed")
-
-
-__all__ = ["HAVE_TRITON", "compile_only", "kernel", "launch_options", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "begin", "compile_only", "kernel", "launch_options", "tl", "triton"]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motet.kernels.gpu.jit import kernel, launch_options, tl, triton
+from motet.kernels.gpu.jit import begin, kernel, launch_options, tl, triton
 from motet.kernels.gpu.lora import check_config
 from motet.kernels.gpu.route import PAIR_BITS, Sorted, one_program, route_kernel, rule_arguments
 from motet.kernels.route import RoutingRule
@@ -151,12 +151,7 @@ def _norm_scores_kernel(  # type: ignore[no-untyped-def]
     shift = tl.zeros((EXPERTS,), tl.float32)
     if ROUTER_BIAS:
         shift = tl.load(router_bias + expert, fits, other=0.0).to(tl.float32)
-    if PDL:
-        if LAUNCH == 1:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        if LAUNCH == 2:
-            tl.extra.cuda.gdc_launch_dependents()
+    begin(LAUNCH, PDL)
     step = tl.num_programs(0)
     at = tl.program_id(0) * WIDTH + column
     branch, before = tl.load(x + at, inside, other=0.0), tl.load(residual + at, inside, other=0.0)

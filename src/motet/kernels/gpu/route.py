@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from motet.kernels.gpu.choose import choose
-from motet.kernels.gpu.jit import kernel, launch_options, tl, triton
+from motet.kernels.gpu.jit import begin, kernel, launch_options, tl, triton
 from motet.kernels.route import RoutingRule, choose_experts
 
 MAX_PAIRS = 512
@@ -213,17 +213,6 @@ def _sort(keys: Tensor, out: Sorted, num_experts: int, slot_bits: int) -> tuple[
 
 
 @kernel()
-def _begin(LAUNCH: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Wait for the kernel in front; the next one may start as LAUNCH says."""
-    if PDL:
-        if LAUNCH == 1:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        if LAUNCH == 2:
-            tl.extra.cuda.gdc_launch_dependents()
-
-
-@kernel()
 def _larger(a, b):  # type: ignore[no-untyped-def]
     return tl.maximum(a, b)
 
@@ -273,7 +262,7 @@ def route_kernel(  # type: ignore[no-untyped-def]
     PAIR_BITS: tl.constexpr, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = TP * KP
-    _begin(LAUNCH, PDL)
+    begin(LAUNCH, PDL)
     t = tl.arange(0, TP)
     w, key = choose(
         logits, bias, slots, tokens, t, rows, stride, BIAS, SLOTS, PADDED, SIGMOID, NORMALISE, SCALE, GROUPS,
@@ -312,7 +301,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SLOT_BITS: tl.constexpr, GP: tl.constexpr, TP: tl.constexpr,
     LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    _begin(LAUNCH, PDL)
+    begin(LAUNCH, PDL)
     t = tl.program_id(0) * TP + tl.arange(0, TP)
     w, key = choose(
         logits, bias, slots, tokens, t, rows, stride, BIAS, SLOTS, PADDED, SIGMOID, NORMALISE, SCALE, GROUPS,
@@ -332,7 +321,7 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Places of BLOCK pairs, or after all pairs of the ends of experts: how many keys are less, or equal and before."""
-    _begin(LAUNCH, PDL)
+    begin(LAUNCH, PDL)
     block = tl.program_id(0) * BLOCK
     i = block + tl.arange(0, BLOCK)
     is_pair = i < pairs
@@ -361,7 +350,7 @@ def _layout_kernel(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr, EARLIER: tl.constexpr, LAUNCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What begins or ends at CHUNK places, and as many of the unused tiles. Places from ends[E - 1] on are nobody's."""
-    _begin(LAUNCH, PDL)
+    begin(LAUNCH, PDL)
     chunk = tl.program_id(0) * CHUNK
     used = tl.load(ends + E - 1)
     place = chunk + tl.arange(0, CHUNK)
