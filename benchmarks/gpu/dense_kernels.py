@@ -253,16 +253,8 @@ def time_layer(report: Report) -> None:
             update = DenseUpdate(adapters, site, widths, tiles, z)
         write = None if side else KVWrite(decode, slots, how, cache.kv, i, num)
         dense_product(
-            x,
-            weight,
-            biases[side],
-            y,
-            counters,
-            dense_config(*weight.shape),
-            update=update,
-            write=write,
-            pdl=pdl,
-        )
+            x, weight, biases[side], y, counters, dense_config(*weight.shape), update=update, write=write, pdl=pdl,
+        )  # fmt: skip
 
     def layer(i: int, pdl: bool, with_lora: bool) -> None:
         x, _ = add_rms_norm(branch, residual, norm, 1e-5, pdl=pdl)

@@ -52,7 +52,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A finished load: the chunks that now lie in `load.pages`, or why it failed.
+    """What is reported of a load: the chunks that lie in `load.pages`, or why it failed.
 
     Those of layer l are there when `copies[l]` is over; without copies all of them are. With `is_missing` there is no
     image, or not the right one; nothing was written.
@@ -102,7 +102,7 @@ class Pager:
         self._todo.put(digest)
 
     def finished(self) -> list[LoadResult]:
-        """Loads that ended since the last call."""
+        """Loads reported since the last call."""
         results = []
         while not self._done.empty():
             results.append(self._done.get())
@@ -142,8 +142,11 @@ class Pager:
                 result = LoadResult(job.load, None, error=f"{type(failure).__name__}: {failure}")
             self._done.put(result)
             self._on_finished()
-            for last in result.copies[-1:]:
-                last.synchronize()
+            try:
+                for last in result.copies[-1:]:
+                    last.synchronize()
+            except Exception:  # a fault of the device: the loads that are queued are to report it too
+                logger.exception("the copies of an adapter failed")
             if result.error is None:
                 self.load_seconds += time.monotonic() - began
 

@@ -145,7 +145,10 @@ def few_layers(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 class RandomWeights(Weights):
-    """Weights of any name and shape, made where they are used; norms do not change the size of what they get."""
+    """Weights of any name and shape, made where they are used; norms do not change the size of what they get.
+
+    Embeddings are large: a token must not look like its neighbours, or a prompt's tokens would share few experts.
+    """
 
     def __init__(self, device: GpuDevice) -> None:
         super().__init__({}, device, lambda _fraction: None)
@@ -160,7 +163,8 @@ class RandomWeights(Weights):
             return torch.randint(low, high, shape, dtype=torch.uint8, device=self._place)
         if "norm" in name:
             return torch.ones(shape, dtype=torch.bfloat16, device=self._place)
-        return torch.empty(shape, dtype=torch.bfloat16, device=self._place).normal_(0, 0.02)
+        spread = 1.0 if "embed" in name else 0.02
+        return torch.empty(shape, dtype=torch.bfloat16, device=self._place).normal_(0, spread)
 
     def _taken(self, name: str, tensor: Tensor) -> Tensor:
         del name

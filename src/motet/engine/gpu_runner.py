@@ -33,7 +33,8 @@ Key = tuple[bool, int, bool, frozenset[int]]
 the rare sites left out."""
 
 LAYERS = 4
-"""Layers among which there is one of each kind: of what the others launch, nothing is compiled for the first time."""
+"""Layers among which there is one of each kind: of what the others launch, hardly anything is compiled for the first
+time. The last of them computes the wanted rows only, as the model's last one does."""
 
 
 class GpuRunner:

@@ -41,7 +41,7 @@ class PoolTier:
         self._hits += digest in self._ready
 
     def tried(self, digest: str) -> None:
-        """A load has ended."""
+        """A load has been reported: on a GPU its copies have been enqueued, and may still be under way."""
         self.loads += 1
         self.loads_of[digest] += 1
 

@@ -158,19 +158,8 @@ class GpuBatch:
             scores = self.linear(y, router)
         elif self.lora is None or router.site in self.lora.idle:
             y, residual, _ = norm_route(
-                x,
-                residual,
-                weight,
-                eps,
-                matrix,
-                bias,
-                rule,
-                slots,
-                work,
-                self.rows,
-                self.arrived,
-                pdl=self.pdl,
-            )
+                x, residual, weight, eps, matrix, bias, rule, slots, work, self.rows, self.arrived, pdl=self.pdl,
+            )  # fmt: skip
             return y, residual, work
         else:
             y, residual, scores = norm_scores(x, residual, weight, eps, matrix, bias, pdl=self.pdl)

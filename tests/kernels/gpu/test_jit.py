@@ -32,7 +32,7 @@ triton.runtime.driver.set_active(Driver())
 launch = triton.JITFunction.run
 begun = []
 triton.knobs.runtime.jit_cache_hook = lambda *_, **what: begun.append(what["repr"])
-with compile_only(threads=2):
+with compile_only():
     for size in (16, 32, 32, 64):
         double[(1,)](torch.empty(size, device="meta"), N=size)
     asked = len(begun)
@@ -49,6 +49,9 @@ except triton.CompilationError as error:
 else:
     raise AssertionError("a kernel that cannot be compiled went unnoticed")
 assert triton.JITFunction.run is launch
+with compile_only():
+    double[(1,)](torch.empty(128, device="meta"), N=128)
+assert len(begun) == asked + 2, "nothing is compiled after a failure"
 """
 
 

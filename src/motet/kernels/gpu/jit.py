@@ -67,10 +67,11 @@ def begin(LAUNCH: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @contextmanager
-def compile_only(threads: int | None = None) -> Iterator[None]:
+def compile_only() -> Iterator[None]:
     """Within, launches compile their kernel and do nothing else; what was asked for is there at the end.
 
-    Most of a compilation runs outside Python's lock, so several go on at once, by default one per core.
+    Most of a compilation runs outside Python's lock, so several go on at once, one per core. What Triton raises about
+    one that fails is raised at the end, when the others are there.
     """
     function = triton.JITFunction
     launch = function.run
@@ -86,12 +87,14 @@ def compile_only(threads: int | None = None) -> Iterator[None]:
     function.run = compiled
     try:
         with (
-            ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool,
-            triton.AsyncCompileMode(pool),
+            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True) as mode,  # else it stays active after an error
         ):
             yield
     finally:
         function.run = launch
+    for compilation in mode.raw_futures:
+        compilation.result()
 
 
 def _seen(argument: Any) -> Any:

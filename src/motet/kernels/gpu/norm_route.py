@@ -48,8 +48,8 @@ LEAST_SORTED = 4
 @dataclass(frozen=True)
 class NormRouteConfig:
     """How the kernel is compiled: `experts` of a program, warps, and when the next kernel may start (`launch`, see
-    `moe.ProductConfig`; 3: when all scores are stored). More `programs`, of which a multiprocessor has registers for
-    one, take several rows each."""
+    `moe.ProductConfig`; 3: when all scores are stored). There are at most so many `programs`, as a multiprocessor has
+    registers for one; where there are more rows each takes several."""
 
     experts: int
     warps: int = 8
