@@ -319,6 +319,7 @@ class EngineStats(Struct, frozen=True):
     graph_replays: int = 0
     graph_captures: int = 0
     preemptions: int = 0
+    pauses: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
     evictions: int = 0

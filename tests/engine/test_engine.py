@@ -134,6 +134,7 @@ class Ahead:
         self.runner = runner
         self.pool, self.table = runner.pool, runner.table
         self.chosen: dict[int, int] = {}
+        self.arrived = runner.arrived
 
     def launch(self, plan: Plan, row: Any) -> Drawn:
         chunks = [

@@ -116,6 +116,7 @@ class Simulation:
         self.by_seq: dict[int, Told] = {}
         self.chosen: dict[int, int] = {}  # by sequence: the token that the last plan chose
         self.passes: Counter[int] = Counter()
+        self.pauses = 0
         self.now = 0.0
 
     # What happens between steps
@@ -285,16 +286,23 @@ class Simulation:
     def check_passes(self, before: set[SequenceState], coming: set[str], was_busy: bool, plan: Plan) -> None:
         """Count for each waiting request how often a younger one was given pages while it lacked them.
 
-        One whose adapter is absent lacks nothing but its turn while others are copied.
+        One whose adapter is absent lacks nothing but its turn while others are copied. Those who were paused were given
+        what they had before, and get no more when they come back.
         Of two tenants, or two adapters of a named one, the younger may be before the older.
         """
         queue = set(self.scheduler._waiting)
         started = {load.digest for load in plan.loads}
+        returning = {seq.adapter for seq in self.scheduler._stage.running if seq.paused}
         resident = {BASE, *self.table}  # before this plan's evictions
         running = self.scheduler.stats().running
         full = running == self.config.max_running or plan.num_tokens == self.config.max_step_tokens
+        full |= (
+            self.scheduler.stats().pauses > self.pauses
+        )  # the rows of who was paused in this step are left
+        self.pauses = self.scheduler.stats().pauses
         admitted = [seq for seq in before if seq not in queue]
-        asked = {digest: [s for s in before | queue if s.adapter == digest] for digest in started}
+        fresh = started - returning
+        asked = {digest: [s for s in before | queue if s.adapter == digest] for digest in fresh}
         loads = [
             min(group, key=by_seniority) for group in asked.values() if group
         ]  # the others are prefetched

@@ -9,6 +9,9 @@ that a copy is being written to stay where they are. One without claims is *idle
 wait for is *wanted*. What an operator *keeps* is never a victim.
 
 Beside pages an adapter needs a slot in the table that kernels read, loading or ready, if that table has a fixed size.
+
+On a GPU an adapter is ready as soon as its copies have been enqueued. Until they are over it is *arriving*: a step that
+computes with it waits for them.
 """
 
 from __future__ import annotations
@@ -46,6 +49,10 @@ class _Adapter:
     forgotten: bool = False
     kept: bool = False
     remakes: int = 0
+    load_began: int = 0
+    load_steps: int = 0
+    pinned_at: int = 0
+    unpinned_at: int = -1
 
 
 class Residency:
@@ -68,6 +75,8 @@ class Residency:
         self.being_remade: str | None = None
         self._remaking: dict[str, None] = {}
         self.ghosts = GhostList(pages.num_pages)
+        self.clock = 0  # steps so far
+        self.arriving: set[str] = set()
         self._dropped: list[str] = []
         self.loads = 0
         self.evictions = 0
@@ -119,6 +128,14 @@ class Residency:
     def any_dropped(self) -> bool:
         """Are there adapters out of the pool that `take_dropped` has not reported yet?"""
         return bool(self._dropped)
+
+    def steps_in_use(self, digest: str) -> int:
+        """For how many steps it has been pinned, without a whole step between one pin and the next."""
+        return self.clock - self._adapters[digest].pinned_at
+
+    def load_steps(self, digest: str) -> int:
+        """How many steps its last load took."""
+        return self._adapters[digest].load_steps
 
     def cheapest(self) -> Iterator[tuple[str, float]]:
         """Idle adapters with the cost to lose them, the cheapest first."""
@@ -179,12 +196,17 @@ class Residency:
     def pin(self, digest: str) -> None:
         """One more running sequence computes with it."""
         assert self.is_ready(digest), f"{digest} is not ready"
-        self._adapters[digest].pins += 1
+        adapter = self._adapters[digest]
+        if not adapter.pins and adapter.unpinned_at != self.clock:
+            adapter.pinned_at = self.clock
+        adapter.pins += 1
         self._sort(digest)
 
     def unpin(self, digest: str) -> None:
         adapter = self._adapters[digest]
         adapter.pins -= 1
+        if not adapter.pins:
+            adapter.unpinned_at = self.clock
         adapter.worth = self._reuse.used(adapter.worth, adapter.num_pages)
         self._sort(digest)
 
@@ -194,22 +216,42 @@ class Residency:
         assert adapter.state == "absent", f"{digest} is {adapter.state}"
         assert not self.is_full, f"{self.slots} adapters are resident"
         adapter.state = "loading"
+        adapter.load_began = self.clock
         adapter.pages = self._pages.alloc(adapter.num_pages, "adapter")
         self.num_resident += 1
         self.num_loading += 1
         self.loading_pages += adapter.num_pages
         return Load(digest, adapter.pages)
 
-    def loaded(self, digest: str) -> None:
-        """The copy is complete. Having been wanted counts as a use, if nobody is left who will use it."""
+    def loaded(self, digest: str, is_over: bool = True) -> None:
+        """The copy is complete, or else enqueued: then `arrived` is to tell when it is over.
+
+        Having been wanted counts as a use, if nobody is left who will use it.
+        """
         adapter = self._end_load(digest)
         adapter.state = "ready"
         adapter.remakes = 0
+        adapter.unpinned_at = -1  # it begins anew
+        adapter.load_steps = self.clock - adapter.load_began
+        if not is_over:
+            self.arriving.add(digest)
         if not adapter.claims:
             adapter.worth = self._reuse.used(adapter.worth, adapter.num_pages)
         self.loads += 1
         self._sort(digest)
         self._leave_if_drained(digest)
+
+    def arrived(self, digest: str) -> None:
+        """The copy is over, or whoever uses it from now on is behind a step that waits for it."""
+        if digest in self.arriving:
+            self.arriving.remove(digest)
+            adapter = self._adapters[digest]
+            adapter.load_steps = self.clock - adapter.load_began
+
+    def all_arrived(self) -> None:
+        """Nobody waits for a copy any more but the step that needs it."""
+        for digest in tuple(self.arriving):
+            self.arrived(digest)
 
     def failed(self, digest: str) -> None:
         """The copy failed and writes no more, or the image cannot be made again: the next request may try anew."""
@@ -289,6 +331,7 @@ class Residency:
         adapter = self._adapters[digest]
         self._pages.release(adapter.pages)
         self.num_resident -= 1
+        self.arriving.discard(digest)
         adapter.pages = ()
         adapter.state = "absent"
         self._sort(digest)
@@ -321,6 +364,7 @@ class Residency:
         ready = sum(a.state == "ready" for d, a in self._adapters.items() if d != BASE)
         assert self.num_resident == ready + len(loading)
         assert self.slots is None or self.num_resident <= self.slots
+        assert all(self.is_ready(digest) for digest in self.arriving)
         assert set(self._remaking) == {d for d, a in self._adapters.items() if a.state == "remaking"}
         for digest, adapter in self._adapters.items():
             held = adapter.num_pages if adapter.state in ("loading", "ready") else 0

@@ -20,18 +20,29 @@ from motet.memory.pool import Copies
 
 
 class Gates:
-    """One event for each layer, and the copies of adapters that no step has waited for. For the thread of steps."""
+    """One event for each layer, the copies of adapters that no step has waited for, and those that are not over.
+
+    For the thread of steps.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self.events = [torch.cuda.Event(external=True) for _ in range(num_layers)]
         self._stream = torch.cuda.Stream()
         self._coming: dict[str, Copies] = {}
+        self._under_way: dict[str, Copies] = {}
         for event in self.events:
             event.record(self._stream)  # a graph does not wait for one that stands for nothing
 
     def expect(self, digest: str, copies: Copies) -> None:
         """The adapter may be used from now on by steps that wait for its copies."""
-        self._coming[digest] = copies
+        self._coming[digest] = self._under_way[digest] = copies
+
+    def arrived(self) -> list[str]:
+        """The adapters whose copies have ended since the last call."""
+        over = [digest for digest, copies in self._under_way.items() if all(c.query() for c in copies[-1:])]
+        for digest in over:
+            del self._under_way[digest]
+        return over
 
     def hold_layers(self, digests: Set[str]) -> None:
         """The next step is one with gates: it waits in each layer for what it needs of these adapters."""

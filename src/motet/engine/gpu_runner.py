@@ -82,6 +82,10 @@ class GpuRunner:
             raise
         self._gates.expect(load.digest, copies)
 
+    def arrived(self) -> list[str]:
+        """The adapters whose copies have ended since the last call."""
+        return self._gates.arrived()
+
     @torch.inference_mode()
     def launch(self, plan: Plan, row: Callable[[int], SamplingRow]) -> Draw:
         """Begin to compute the plan's chunks, behind what the device has to do, and to sample for those that ask.

@@ -259,7 +259,9 @@ class Engine:
                 outputs += self.scheduler.adapter_failed(digest, error)
                 continue
             self._tier.came(digest)
-            self.scheduler.adapter_loaded(digest)
+            self.scheduler.adapter_loaded(digest, is_over=not result.copies)
+        for digest in self.runner.arrived():
+            self.scheduler.adapter_arrived(digest)
         return outputs
 
     def _publish(self, result: LoadResult) -> str | None:

@@ -35,6 +35,10 @@ class Runner:
         assert not copies
         self.table.add(load.digest, chunks, load.pages)
 
+    def arrived(self) -> list[str]:
+        """Adapters are there as soon as they are added."""
+        return []
+
     @torch.inference_mode()
     def launch(self, plan: Plan, row: Callable[[int], SamplingRow]) -> Drawn:
         """Compute the plan's chunks and sample for those that ask; `row(seq)` gives a sequence's sampling state."""

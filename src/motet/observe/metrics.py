@@ -158,6 +158,7 @@ class _Snapshot(Collector):
             ("motet_adapter_loads", "Adapters copied into the pool", stats.loads),
             ("motet_adapter_load_seconds", "Time spent on copying adapters", stats.load_seconds),
             ("motet_adapter_evictions", "Adapters taken out of the pool", stats.evictions),
+            ("motet_adapter_pauses", "Adapters that left while requests ran with them", stats.pauses),
         ):
             yield CounterMetricFamily(name, text, value=value)
 

@@ -10,6 +10,8 @@ Conflicts over pages are settled thus:
   what it costs to lose them.
 - Then idle adapters that only requests whose turn is later wait for; a running sequence may take these, a
   waiting one only if it is starving or nothing else goes on.
+- For an adapter that has to be loaded, one leaves whose turn is over; who runs with it is paused, and keeps its KV
+  (`turns`).
 - Then a running sequence is preempted: it loses its pages, keeps its tokens, and computes them again. For one that
   runs, the youngest of the tenant that holds most gives way; for one that waits, only who holds more than its share
   or is of a lower class. A prompt that can have pages for some of its tokens computes these rather than preempt anyone.
@@ -21,7 +23,6 @@ it is not preempted, and may take what the younger wait for; if nothing else goe
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -29,13 +30,13 @@ from itertools import chain
 from motet.errors import AdapterLoadFailed, InvalidRequest
 from motet.scheduler.admission import check_capacity, check_length
 from motet.scheduler.blocks import BlockTables, KVLayout
-from motet.scheduler.cost import progress_cost
 from motet.scheduler.fairness import Rest, youngest
 from motet.scheduler.loads import Loads
 from motet.scheduler.sequence import SequenceState
+from motet.scheduler.snapshot import snapshot
 from motet.scheduler.stage import Stage
 from motet.scheduler.step import Step
-from motet.types import Chunk, EngineStats, KVGroup, Plan, Request, Sampled, SeqOutput
+from motet.types import EngineStats, KVGroup, Plan, Request, Sampled, SeqOutput
 
 LOOKAHEAD = 32  # requests that may lack pages before `schedule` stops asking; bounds its time in a long queue
 
@@ -118,13 +119,21 @@ class Scheduler:
         self._require(digest)
         self._loads.hint(digest)
 
-    def adapter_loaded(self, digest: str) -> None:
-        """The copy that a plan's load began is complete."""
-        self._residency.loaded(digest)
+    def adapter_loaded(self, digest: str, is_over: bool = True) -> None:
+        """The copy that a plan's load began is complete.
+
+        Or only enqueued, so that a step which needs it waits on the device: `adapter_arrived` then tells its end.
+        """
+        self._residency.loaded(digest, is_over)
+        self._stage.turns.resume(digest)
+
+    def adapter_arrived(self, digest: str) -> None:
+        """The copy of a loaded adapter is over. It may have left again."""
+        self._residency.arrived(digest)
 
     def adapter_failed(self, digest: str, reason: str) -> list[SeqOutput]:
         """It cannot be loaded, and the copy writes no more: end the requests that wait for it. Later ones try again."""
-        group = self._waiting.group(digest)
+        group = self._awaiting(digest)
         self._residency.failed(digest)
         for seq in group:
             self._leave(seq)
@@ -148,9 +157,13 @@ class Scheduler:
         if is_awaited and error is not None:
             return self.adapter_failed(digest, error)
         self._residency.remade(digest)
-        if is_awaited and not self._waiting.group(digest):  # as a load goes on whose requests are gone
+        if is_awaited and not self._awaiting(digest):  # as a load goes on whose requests are gone
             self._loads.hint(digest)
         return []
+
+    def _awaiting(self, digest: str) -> list[SequenceState]:
+        """Who waits for this adapter, or was paused with it."""
+        return [*self._waiting.group(digest), *self._stage.turns.paused(digest)]
 
     @property
     def is_remaking(self) -> bool:
@@ -215,16 +228,21 @@ class Scheduler:
         self._stage.ledger.settle()
         self._stage.copies.settle()
         step = Step(self._config.max_step_tokens)
-        self._serve_decode(step)
+        self._serve_running(step)
+        self._loads.bring_back(step, late=True)
         self._serve_prompts(step)
-        if self._stage.is_stuck and (oldest := self._waiting.oldest(self._residency.is_on_its_way)):
-            self._serve_waiting(oldest, step)
+        self._loads.bring_back(step, late=False)
+        self._serve_oldest(step)
         self._loads.serve_hints(step)
+        if step.is_empty and self._residency.arriving:
+            self._residency.all_arrived()  # nobody else is made to wait
+            self._serve_running(step, with_prompts=True)
         plan = step.plan(evictions=self._residency.take_dropped(), remakes=self._loads.begin_remake())
         for chunk in plan.chunks:
-            self._advance(self._by_id[chunk.seq], chunk)
-        self._charge(plan)
+            self._stage.advance(self._by_id[chunk.seq], chunk)
+        self._stage.charge((self._by_id[chunk.seq], chunk) for chunk in plan.chunks)
         self._rest.count(plan.num_tokens, step.rest)
+        self._residency.clock += not step.is_empty
         return plan
 
     def commit(self, plan: Plan, sampled: Sequence[Sampled]) -> list[SeqOutput]:
@@ -241,36 +259,25 @@ class Scheduler:
                 self._leave(seq)
         return outputs
 
-    def _advance(self, seq: SequenceState, chunk: Chunk) -> None:
-        """Count a planned chunk as computed."""
-        seq.computed = chunk.start + len(chunk.tokens)
-        seq.pending += chunk.sample
-        self._stage.index_full_blocks(seq)
-        self._stage.drop_unread(seq)
-
-    def _charge(self, plan: Plan) -> None:
-        """Charge for the plan's chunks: once for each flow, as most steps have many rows of few."""
-        flows: dict[tuple[int, str, str], tuple[SequenceState, int, int]] = {}
-        for chunk in plan.chunks:
-            seq = self._by_id[chunk.seq]
-            _, tokens, chosen = flows.get(seq.flow, (seq, 0, 0))
-            flows[seq.flow] = seq, tokens + len(chunk.tokens), chosen + chunk.sample
-        for seq, tokens, chosen in flows.values():
-            work = self._residency.work(seq.adapter)
-            self._stage.ledger.charge(seq, progress_cost(tokens, chosen, work))
-
-    def _serve_decode(self, step: Step) -> None:
+    def _serve_running(self, step: Step, with_prompts: bool = False) -> None:
         """A row for each sequence past its prompt, by seniority."""
         for seq in tuple(self._stage.running):
-            if step.budget > 0 and seq.is_running and seq.remaining == 1 and not seq.is_complete:
+            if step.budget > 0 and (with_prompts or seq.remaining == 1) and self._goes_on(seq):
                 self._continue(seq, step)
+
+    def _goes_on(self, seq: SequenceState) -> bool:
+        """Does it run, with its adapter there and something to compute?"""
+        if not seq.is_running or seq.paused or seq.is_complete:
+            return False
+        return seq.adapter not in self._residency.arriving
 
     def _serve_prompts(self, step: Step) -> None:
         """The rows that are left, in turn; of one flow those that run come first."""
         turn = self._stage.ledger.turn
-        prompts = [seq for seq in self._stage.running if seq.remaining > 1 and not seq.is_complete]
+        prompts = [seq for seq in self._stage.running if seq.remaining > 1 and self._goes_on(seq)]
+        first = step.late if step.late in self._stage.running[:1] else None
         asking = self._waiting.in_turn(
-            self._residency, lambda seq: self._may_run(seq, step), lambda: not self._loads.is_busy
+            self._residency, lambda seq: self._may_run(seq, step), lambda: not self._loads.is_busy, first
         )
         asker = None
         if self._stage.ledger.has_rivals:
@@ -281,7 +288,7 @@ class Scheduler:
                 if not self._serve_waiting(asker, step):
                     asking.close()
                 asker = next(asking, None)
-            if step.budget > 0 and prompt.is_running and not self._leave_rest(prompt, step):
+            if step.budget > 0 and self._goes_on(prompt) and not self._leave_rest(prompt, step):
                 self._continue(prompt, step)
         for seq in asking if asker is None else chain((asker,), asking):
             if not self._serve_waiting(seq, step):
@@ -302,6 +309,19 @@ class Scheduler:
         self._waiting.pass_over(seq)
         step.lacking += 1
         return not self._waiting.is_starving(seq) and step.lacking < LOOKAHEAD
+
+    def _serve_oldest(self, step: Step) -> None:
+        """If nothing goes on the oldest does, if need be in the pages of those who are paused."""
+        step.late = None
+        while self._stage.is_stuck and (oldest := self._stage.oldest()) and not oldest.pending:
+            if oldest.paused:
+                self._loads.bring_back_oldest(oldest, step)
+            else:
+                self._serve_waiting(oldest, step)
+            others = [seq for seq in self._stage.running if seq is not oldest]
+            if not self._stage.is_stuck or not others:
+                return
+            self._stage.preempt(others[-1], step)
 
     def _leave_rest(self, seq: SequenceState, step: Step) -> bool:
         """Leave the rest of the step to nobody, if whose prompt ends with it should have that rather than `seq`."""
@@ -369,27 +389,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A snapshot: counts of requests and pages, the scheduler's counters, and who is in the pool."""
-        pages = self._stage.room.pages
-        return EngineStats(
-            running=len(self._stage.running),
-            waiting=len(self._waiting),
-            total_pages=pages.num_pages,
-            free_pages=pages.free,
-            kv_pages=pages.held("kv"),
-            cached_pages=pages.held("cached"),
-            adapter_pages=pages.held("adapter"),
-            steps=self._steps,
-            preemptions=self._stage.preemptions,
-            prefix_hit_tokens=self._stage.prefix_hits,
-            prefix_query_tokens=self._stage.prefix_queries,
-            evictions=self._residency.evictions,
-            loads=self._residency.loads,
-            residency=dict(self._residency.states()),
-            adapter_requests=self._residency.ghosts.requests,
-            adapter_hits_by_pages=self._residency.ghosts.hits(),
-            running_by_adapter=Counter(seq.adapter for seq in self._stage.running),
-            waiting_by_adapter=Counter(seq.adapter for seq in self._waiting),
-        )
+        return snapshot(self._stage, self._steps)
 
     def check_integrity(self) -> None:
         """Assert the invariants of the pool and of the queues, and that they agree."""

@@ -21,7 +21,8 @@ class SequenceState:
     is the longest that a block table can become, `max_pages` how many pages it can ever have at a time.
     `cached_tokens` is what its first admission found in the prefix index, `admitted` says that it has been.
     `flow` is its class, tenant and adapter; of one flow the oldest always comes first.
-    `passed` counts the schedule calls of this wait in which it lacked pages.
+    `passed` counts the schedule calls of this wait in which it lacked pages. A `paused` one runs, but does not
+    hold its adapter.
     """
 
     id: int
@@ -38,6 +39,7 @@ class SequenceState:
     cached_tokens: int = 0
     admitted: bool = False
     passed: int = 0
+    paused: bool = False
 
     @classmethod
     def of(cls, id: int, request: Request, layout: KVLayout) -> SequenceState:

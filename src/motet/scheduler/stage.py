@@ -11,11 +11,14 @@ from itertools import chain
 from motet.errors import CapacityExceeded
 from motet.memory.prefix import extend_keys
 from motet.scheduler.blocks import GONE, BlockTables, KVLayout, Tables
+from motet.scheduler.cost import progress_cost
 from motet.scheduler.fairness import Ledger, Space, Standings, Want, who_gives_way
 from motet.scheduler.room import Room
 from motet.scheduler.sequence import SequenceState
 from motet.scheduler.step import Step
+from motet.scheduler.turns import Turns
 from motet.scheduler.waiting import WaitingQueue, by_seniority, position
+from motet.types import Chunk
 
 WAYS = 8  # tenants for which a step looks in vain who must give way: a search takes 0.2 ms
 MAX_PINNED_SHARE = 0.5  # of the pool's pages: the rest must do for KV cache and all other adapters
@@ -28,9 +31,9 @@ CREDIT_STEPS = 16
 class Stage:
     """The sequences in flight and the pool that they share.
 
-    A sequence enters to wait, starts, perhaps stops and waits again, and leaves. `ledger` counts all that tenants are
-    served, `copies` only the loads: who waits for copies most of the time is served little, and would come first for
-    every copy.
+    A sequence enters to wait, starts, perhaps is paused or stops and waits again, and leaves. `ledger` counts all that
+    tenants are served, `copies` only the loads: who waits for copies most of the time is served little, and would come
+    first for every copy.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Stage:
         self.copies = Ledger()
         self.waiting = WaitingQueue(self.ledger.turn, self.copies.turn)
         self.running: list[SequenceState] = []  # by seniority
+        self.turns = Turns(self.running, self.room.residency, self.ledger.turn)
         self.preemptions = 0
         self.prefix_hits = 0
         self.prefix_queries = 0
@@ -60,7 +64,14 @@ class Stage:
     @property
     def is_stuck(self) -> bool:
         """Will nothing change unless the next request gets what it needs? An image that is remade may take minutes."""
-        return not self.running and not self.room.residency.any_loading
+        return not self.room.residency.any_loading and all(seq.paused for seq in self.running)
+
+    def oldest(self) -> SequenceState | None:
+        """The oldest of the highest class that waits or is paused, but not for what is on its way."""
+        on_its_way = self.room.residency.is_on_its_way
+        waiting = self.waiting.oldest(on_its_way)
+        paused = next((seq for seq in self.running if seq.paused and not on_its_way(seq.adapter)), None)
+        return min(filter(None, (waiting, paused)), key=by_seniority, default=None)
 
     def check_pin(self, digest: str) -> None:
         """Raise CapacityExceeded if with this one pinned adapters would take more than their share.
@@ -107,6 +118,7 @@ class Stage:
         self.waiting.remove(seq)
         insort(self.running, seq, key=by_seniority)
         self.room.residency.pin(seq.adapter)
+        self.room.residency.arrived(seq.adapter)  # for all behind this one, whose step waits
         seq.blocks = prefix
         seq.computed = prefix.num_tokens
         seq.indexed = seq.computed // self.layout.page_tokens
@@ -123,6 +135,12 @@ class Stage:
         self.waiting.push(seq)
         step.drop(seq.id)
 
+    def pause(self, digest: str, step: Step) -> None:
+        """Those that run with this adapter stop for a while, and it leaves the pool."""
+        for seq in self.turns.pause(digest):
+            step.drop(seq.id)
+        self.room.residency.evict(digest)
+
     def leave(self, seq: SequenceState) -> None:
         """It has ended."""
         if seq.is_running:
@@ -137,9 +155,25 @@ class Stage:
         """Give back what a running sequence holds."""
         del self.running[position(self.running, seq)]
         self.room.prefix.release(seq.blocks.pages())
-        self.room.residency.unpin(seq.adapter)
+        self.turns.stop(seq)
         seq.blocks = BlockTables(self.layout, self.layout.no_blocks)
         seq.computed = 0
+
+    def advance(self, seq: SequenceState, chunk: Chunk) -> None:
+        """Count a planned chunk as computed."""
+        seq.computed = chunk.start + len(chunk.tokens)
+        seq.pending += chunk.sample
+        self.index_full_blocks(seq)
+        self.drop_unread(seq)
+
+    def charge(self, planned: Iterable[tuple[SequenceState, Chunk]]) -> None:
+        """Charge for a plan's chunks: once for each flow, as most steps have many rows of few."""
+        flows: dict[tuple[int, str, str], tuple[SequenceState, int, int]] = {}
+        for seq, chunk in planned:
+            _, tokens, chosen = flows.get(seq.flow, (seq, 0, 0))
+            flows[seq.flow] = seq, tokens + len(chunk.tokens), chosen + chunk.sample
+        for seq, tokens, chosen in flows.values():
+            self.ledger.charge(seq, progress_cost(tokens, chosen, self.room.residency.work(seq.adapter)))
 
     # Its KV
 
@@ -294,7 +328,8 @@ class Stage:
 
     def _takeable(self, taker: SequenceState) -> list[str]:
         """Adapters that only those behind `taker` wait for, if it may take them."""
-        if taker.is_running or self.is_stuck or self.waiting.is_starving(taker):
+        may_take = taker.is_running or self.waiting.is_starving(taker)
+        if self.is_stuck or (may_take and not taker.paused):
             return self.waiting.wanted_behind(taker, self.room.residency.wanted())
         return []
 
@@ -306,11 +341,13 @@ class Stage:
         references = Counter(page for seq in self.running for page in seq.blocks.pages())
         assert len(references) == self.room.pages.held("kv")
         assert all(self.room.pages.references(page) == count for page, count in references.items())
-        pins = Counter(seq.adapter for seq in self.running)
-        self.room.residency.check_counts(pins, pins + Counter(seq.adapter for seq in self.waiting))
+        pins = Counter(seq.adapter for seq in self.running if not seq.paused)
+        claims = Counter(seq.adapter for seq in chain(self.running, self.waiting))
+        self.room.residency.check_counts(pins, claims)
+        self.turns.check_integrity()
         for seq in self.running:
             assert seq.computed < seq.length
             seq.blocks.check_integrity(seq.computed, seq.length, seq.max_blocks)
             assert len(seq.blocks.pages()) == seq.blocks.num_pages <= seq.max_pages
         assert len(self.waiting) == len(list(self.waiting))
-        assert not any(seq.is_running or seq.computed for seq in self.waiting)
+        assert not any(seq.is_running or seq.computed or seq.paused for seq in self.waiting)

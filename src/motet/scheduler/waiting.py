@@ -7,6 +7,7 @@ of small ones.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from heapq import heapify, heappop, heappush
@@ -20,6 +21,7 @@ from motet.scheduler.sequence import SequenceState
 PATIENCE = 16  # schedule calls; at 20–50 ms a step, under a second
 
 Seniority = tuple[int, float, int]
+LAST: Turn = (sys.maxsize, 0.0, 0.0, 0.0, 0)
 Key = tuple[int, str]
 """Class and tenant."""
 
@@ -94,22 +96,36 @@ class WaitingQueue:
         """All that wait with this adapter."""
         return tuple(seq for queue in self._by_adapter.get(adapter, {}).values() for seq in queue)
 
+    def count(self, adapter: str) -> int:
+        """How many wait with this adapter."""
+        return sum(map(len, self._by_adapter.get(adapter, {}).values()))
+
+    def count_adapters(self, residency: Residency) -> int:
+        """How many adapters are on their way to those who wait."""
+        return sum(map(residency.is_on_its_way, self._by_adapter))
+
     def in_turn(
         self,
         residency: Residency,
         may_run: Callable[[SequenceState], bool],
         may_load: Callable[[], bool],
+        late: SequenceState | None = None,
     ) -> Generator[SequenceState, None, None]:
         """Who may ask for pages now, in turn; the queue may change meanwhile.
 
         Requests whose adapter is ready ask only if they `may_run`. Of those for an absent adapter the first asks for
         all, since they share one load; while it is on its way, or if nobody `may_load`, they ask for nothing. When it
         is the turn of one of these, the one asks that is first by what was loaded for its tenant. Nobody asks before a
-        starving one.
+        starving one, or the `late` one; but an older one whose adapter is there does not wait for one whose adapter is
+        not: its own would only lie there, charged for, and that other one could not take it.
         """
-        starving = (s for s in self._starving if not residency.is_on_its_way(s.adapter))
-        limit = min(map(self._turn, starving), default=None)
         absent = frozenset(filter(residency.is_absent, self._by_adapter))
+        starving = [*self.starving(residency)]
+        first = [seq for seq in starving if seq.adapter not in absent] + ([late] if late is not None else [])
+        limit = min(map(self._turn, first), default=LAST)
+        cold = [seq for seq in starving if seq.adapter in absent]
+        cold_limit = min(map(self._turn, cold), default=LAST)
+        oldest_cold = min(map(by_seniority, cold), default=(0, 0.0, 0))
         loads = self._by_load_turn(absent)
         for tenants in self._tenants_in_turn(self._turn):
             asking = [
@@ -118,19 +134,21 @@ class WaitingQueue:
             heapify(asking)
             while asking:
                 turn, queue, place = heappop(asking)
-                if limit is not None and turn > limit:
+                if turn > limit:
                     return
+                seq = queue[place]
+                if turn > cold_limit and (seq.adapter in absent or seq.seniority > oldest_cold):
+                    continue
                 if place == 0:
                     queue = queue.copy()  # only of those that get their turn: others may be long
-                seq = queue[place]
                 if not residency.is_ready(seq.adapter):
-                    first = (
+                    asker = (
                         next((s for s in loads if residency.is_absent(s.adapter)), None)
                         if may_load()
                         else None
                     )
-                    if first is not None:
-                        yield first
+                    if asker is not None:
+                        yield asker
                 elif may_run(seq):
                     yield seq
                     if place + 1 < len(queue):
@@ -186,6 +204,10 @@ class WaitingQueue:
     def is_starving(self, seq: SequenceState) -> bool:
         """Has it been passed over so often that those behind it must wait?"""
         return seq.passed >= PATIENCE
+
+    def starving(self, residency: Residency) -> Iterator[SequenceState]:
+        """Those that were passed over so often, but for those who wait for what is on its way."""
+        return (seq for seq in self._starving if not residency.is_on_its_way(seq.adapter))
 
     def oldest(self, is_on_its_way: Callable[[str], bool]) -> SequenceState | None:
         """The oldest of the highest class, whoever's turn it is, of those whose adapter is not on its way."""
